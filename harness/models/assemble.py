@@ -1,0 +1,149 @@
+"""A model from weights alone: the tensors' shapes say what the configuration must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.initialization import no_init_weights
+
+from harness.errors import UserError
+from harness.models import modeling_pruned as pruned
+from harness.structure import KeepPlan, ModelStructure, apply_plan
+
+# Stock configuration -> configuration and model of its pruned form.
+PRUNED_CLASSES: dict[type[Any], tuple[type[Any], type[Any]]] = {
+    LlamaConfig: (pruned.PrunedLlamaConfig, pruned.PrunedLlamaForCausalLM),
+    MistralConfig: (pruned.PrunedMistralConfig, pruned.PrunedMistralForCausalLM),
+    Qwen2Config: (pruned.PrunedQwen2Config, pruned.PrunedQwen2ForCausalLM),
+    Qwen3Config: (pruned.PrunedQwen3Config, pruned.PrunedQwen3ForCausalLM),
+}
+
+
+def remove_units(model: PreTrainedModel, structure: ModelStructure, plan: KeepPlan) -> PreTrainedModel:
+    """A new model without the units that ``plan`` leaves out; tensors that lose nothing are shared with ``model``.
+
+    Args:
+        model: left as it was.
+        structure: ``describe(model)``.
+        plan: units to keep.
+    """
+    state = dict(apply_plan(dict(model.named_parameters()), structure, plan))
+    return assemble(model.config, state)
+
+
+def assemble(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The causal language model that holds exactly the tensors of ``state``.
+
+    Where every layer is alike and nothing was added, it is a stock transformers model, else a pruned one.
+
+    Args:
+        config: of the model the tensors come from (stock or pruned), for everything that shapes do not say.
+        state: parameters by name, tied ones once; adopted, not copied. Without ``lm_head.weight`` the head is tied.
+    """
+    config = _config_for(config, state)
+    model_class = _model_class(config)
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config)
+    _replace_rotary_buffers(model, config)
+    parameters = {name: torch.nn.Parameter(tensor.detach()) for name, tensor in state.items()}
+    if config.tie_word_embeddings:
+        parameters["lm_head.weight"] = parameters["model.embed_tokens.weight"]
+    model.load_state_dict(parameters, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return model.eval()
+
+
+def stock_config_class(config: PreTrainedConfig) -> type[Any]:
+    """The stock configuration class whose pruned form can hold this model's weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    for stock, (pruned_config, _) in PRUNED_CLASSES.items():
+        if type(config) in (stock, pruned_config):
+            return stock
+    names = ", ".join(c.model_type for c in PRUNED_CLASSES)
+    raise UserError(f"models of type {config.model_type!r} cannot be rebuilt at other widths; supported: {names}")
+
+
+def _config_for(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedConfig:
+    stock = stock_config_class(config)
+    values = (config.alike() if hasattr(config, "alike") else config).to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "o_proj_bias", "down_proj_bias",
+                "residual_size", "head_size"):  # fmt: skip
+        values.pop(key, None)
+    # Said outright: hidden_size / heads is no longer head_dim once heads have left.
+    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    values["tie_word_embeddings"] = "lm_head.weight" not in state
+    group_size = values["num_attention_heads"] // values["num_key_value_heads"]
+    widths = [_layer_widths(state, i, values["head_dim"], group_size) for i in range(values["num_hidden_layers"])]
+    added = _added(state)
+    plain = _plain_config(stock, values, widths) if _is_stock(values, state, added) else None
+    if plain is not None:
+        return plain
+    return PRUNED_CLASSES[stock][0](**values, **added, per_layer_config=dict(enumerate(widths)))
+
+
+def _plain_config(stock: type[Any], values: dict[str, Any], widths: list[dict[str, int]]) -> PreTrainedConfig | None:
+    """The stock configuration for layers that are all alike; None where they are not, or where it refuses them."""
+    width = widths[0]
+    if any(other != width for other in widths) or 0 in width.values():
+        return None
+    try:
+        return stock(**{**values, **width})
+    except ValueError:  # LlamaConfig wants hidden_size to be a multiple of the number of heads
+        return None
+
+
+def _added(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a pruned configuration says beyond widths."""
+    sliced = "model.layers.0.attn_shortcut.weight" in state
+    return {
+        "o_proj_bias": "model.layers.0.self_attn.o_proj.bias" in state,
+        "down_proj_bias": "model.layers.0.mlp.down_proj.bias" in state,
+        "residual_size": state["model.embed_tokens.weight"].shape[1] if sliced else None,
+        "head_size": state["lm_head.weight"].shape[1] if sliced else None,
+    }
+
+
+def _is_stock(values: dict[str, Any], state: Mapping[str, Tensor], added: dict[str, Any]) -> bool:
+    """Whether the stock class has exactly these biases and a whole residual stream."""
+    query_bias = "model.layers.0.self_attn.q_proj.bias" in state
+    # Llama's and Qwen3's attention_bias covers all four projections; Qwen2 has biases on q, k and v alone, always.
+    stock_o_bias = query_bias and bool(values.get("attention_bias"))
+    return (
+        added["residual_size"] is None
+        and added["o_proj_bias"] == stock_o_bias
+        and added["down_proj_bias"] == bool(values.get("mlp_bias"))
+    )
+
+
+def _layer_widths(state: Mapping[str, Tensor], layer: int, head_dim: int, group_size: int) -> dict[str, int]:
+    prefix = f"model.layers.{layer}"
+    query_size = state[f"{prefix}.self_attn.o_proj.weight"].shape[1]
+    return {
+        "num_attention_heads": query_size // head_dim,
+        "num_key_value_heads": query_size // head_dim // group_size,
+        "intermediate_size": state[f"{prefix}.mlp.down_proj.weight"].shape[1],
+    }
+
+
+def _model_class(config: PreTrainedConfig) -> type[Any]:
+    from transformers import AutoModelForCausalLM
+
+    for pruned_config, pruned_model in PRUNED_CLASSES.values():
+        if type(config) is pruned_config:
+            return pruned_model
+    stock: type[Any] = AutoModelForCausalLM._model_mapping[type(config)]
+    return stock
+
+
+def _replace_rotary_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    # Rotary frequencies are no parameters: they are computed from the configuration, which the meta device skipped.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config.alike() if hasattr(config, "alike") else config)
