@@ -1,0 +1,159 @@
+"""Attention over a chunk of a token forest, for any model that asks transformers' AttentionInterface for attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+
+from harness.evaluation.forest import BlockGroup, Chunk
+
+# Shapes: T tokens of the chunk, K keys (carried path + chunk), H query heads, G kv heads, D head_dim,
+# N blocks, Q and S the longest query and key run of a group.
+
+NAME = "harness_token_forest"
+
+
+class AttentionNotCoveredError(Exception):
+    """The model asks attention for something that the forest attention does not do; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupTensors:
+    queries: Tensor
+    """int64 [N * Q]: chunk tokens; padding repeats token 0."""
+    keys: Tensor
+    """int64 [N * S]"""
+    bias: Tensor
+    """[N, 1, Q, S]: 0 where a key is seen, -inf elsewhere."""
+    num_blocks: int
+
+
+def _tensors(group: BlockGroup, device: torch.device, dtype: torch.dtype) -> _GroupTensors:
+    bias = torch.zeros(group.visible.shape, dtype=dtype)
+    bias.masked_fill_(~torch.from_numpy(group.visible), float("-inf"))
+    return _GroupTensors(
+        queries=torch.from_numpy(np.maximum(group.queries.reshape(-1), 0)).to(device),
+        keys=torch.from_numpy(np.maximum(group.keys.reshape(-1), 0)).to(device),
+        bias=bias.unsqueeze(1).to(device),
+        num_blocks=len(group.queries),
+    )
+
+
+@dataclass(slots=True)
+class ChunkAttention:
+    """The attention of one forward pass; keeps what the next chunk needs of every attention module."""
+
+    chunk: Chunk
+    carried: dict[nn.Module, tuple[Tensor, Tensor]]
+    """Attention module -> keys and values of the path to the chunk's first token, each [carried, G, D]."""
+    carry_out: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _groups: dict[tuple[torch.device, torch.dtype], list[_GroupTensors]] = field(default_factory=dict)
+    _out: dict[torch.device, Tensor] = field(default_factory=dict)
+    _unpad: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def attend(self, module: nn.Module, query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, scale: float) -> Tensor:
+        """Attention output ``[T, H, D]`` of the chunk's tokens."""
+        query, key, value = (t.transpose(0, 1) for t in (query_HTD, key_GTD, value_GTD))
+        if self.chunk.num_carried:
+            key_before, value_before = self.carried[module]
+            key, value = torch.cat([key_before, key]), torch.cat([value_before, value])
+        if len(self.chunk.carry_out):
+            kept = self._carry_index(key.device)
+            self.carry_out[module] = (key.index_select(0, kept), value.index_select(0, kept))
+        padded = [self._attend_group(group, query, key, value, scale) for group in self._groups_on(query)]
+        return torch.cat(padded).index_select(0, self._unpad_index(query.device))
+
+    @staticmethod
+    def _attend_group(group: _GroupTensors, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        def blocks(tensor: Tensor, index: Tensor) -> Tensor:
+            taken = tensor.index_select(0, index)
+            return taken.view(group.num_blocks, -1, *tensor.shape[1:]).transpose(1, 2)
+
+        grouped = query.shape[1] != key.shape[1]
+        out_NHQD = functional.scaled_dot_product_attention(
+            blocks(query, group.queries),
+            blocks(key, group.keys),
+            blocks(value, group.keys),
+            attn_mask=group.bias,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        return out_NHQD.transpose(1, 2).flatten(0, 1)
+
+    def _groups_on(self, query: Tensor) -> list[_GroupTensors]:
+        place = (query.device, query.dtype)
+        if place not in self._groups:
+            self._groups[place] = [_tensors(group, *place) for group in self.chunk.groups]
+        return self._groups[place]
+
+    def _carry_index(self, device: torch.device) -> Tensor:
+        if device not in self._out:
+            self._out[device] = torch.from_numpy(self.chunk.carry_out).to(device)
+        return self._out[device]
+
+    def _unpad_index(self, device: torch.device) -> Tensor:
+        """Where each chunk token stands among the padded queries of all groups."""
+        if device not in self._unpad:
+            order = np.concatenate([group.queries.reshape(-1) for group in self.chunk.groups])
+            where = np.empty(self.chunk.end - self.chunk.start, np.int64)
+            real = np.flatnonzero(order >= 0)
+            where[order[real]] = real
+            self._unpad[device] = torch.from_numpy(where).to(device)
+        return self._unpad[device]
+
+
+_ACTIVE: ContextVar[ChunkAttention] = ContextVar("active_chunk_attention")
+
+
+def _forest_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of its own attention; ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
+    for unsupported in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise AttentionNotCoveredError(f"its attention uses {unsupported}")
+    if attention_mask is not None:
+        raise AttentionNotCoveredError("it builds its own attention mask")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _ACTIVE.get().attend(module, query[0], key[0], value[0], scale).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _forest_attention)
+
+
+@contextmanager
+def forest_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model's attention is the forest's; its own implementation is put back after."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise AttentionNotCoveredError("its attention cannot be exchanged")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def attending(attention: ChunkAttention) -> Iterator[None]:
+    """Within it forward passes use ``attention``."""
+    token = _ACTIVE.set(attention)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)

@@ -1,0 +1,95 @@
+"""The entry point: measures, the table of documents, fingerprints, silence."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from harness.evaluation.run import COLUMNS, Evaluation, evaluate
+from harness.models import LoadedModel
+from harness.records import EvaluationSpec, Measure
+
+SPEC = EvaluationSpec(
+    tasks=("piqa", "winogrande", "lambada_openai", "mmlu", "sciq"),
+    limit=3,
+    mmlu_limit=1,
+    mmlu_num_fewshot=0,
+    heldout_tokens=192,
+    heldout_length=64,
+)
+
+
+@pytest.fixture(scope="module")
+def evaluation(smollm2: LoadedModel) -> Evaluation:
+    return evaluate(smollm2.model, smollm2.tokenizer, SPEC, batch_tokens=2048)
+
+
+def named(evaluation: Evaluation, name: str) -> Measure:
+    (measure,) = (m for m in evaluation.measures if m.name == name)
+    return measure
+
+
+def test_every_task_has_its_measures(evaluation: Evaluation) -> None:
+    groups = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
+    assert {m.name for m in evaluation.measures} == {
+        "piqa/acc", "piqa/acc_norm", "winogrande/acc", "lambada_openai/acc", "lambada_openai/perplexity",
+        "sciq/acc", "sciq/acc_norm", *(f"{group}/acc" for group in groups), "heldout/ppl_token", "heldout/ppl_word",
+    }  # fmt: skip
+
+
+def test_measures_are_means_over_the_documents(evaluation: Evaluation) -> None:
+    rows = evaluation.documents
+    assert list(rows.columns) == list(COLUMNS)
+    assert named(evaluation, "piqa/acc_norm").value == pytest.approx(rows[rows.task == "piqa"].acc_norm.mean())
+    mmlu = rows[rows.group == "mmlu"]
+    assert len(mmlu) == mmlu.task.nunique() == 57
+    assert named(evaluation, "mmlu/acc").value == pytest.approx(mmlu.acc.mean())
+    assert named(evaluation, "mmlu/acc").num_examples == 57
+    lambada = rows[rows.task == "lambada_openai"]
+    surprise = -sum(choices[0] for choices in lambada.loglikelihoods) / 3
+    assert named(evaluation, "lambada_openai/perplexity").value == pytest.approx(math.exp(surprise))
+
+
+def test_what_a_task_does_not_have_is_absent(evaluation: Evaluation) -> None:
+    rows = evaluation.documents.set_index("task")
+    assert rows.loc["winogrande"].acc_norm.isna().all()
+    assert rows.loc["lambada_openai", ["target", "chance"]].isna().all(axis=None)
+    assert named(evaluation, "lambada_openai/acc").chance is None
+    assert named(evaluation, "winogrande/acc").chance == 0.5
+
+
+def test_the_best_scored_choice_is_what_accuracy_counts(evaluation: Evaluation) -> None:
+    rows = evaluation.documents[evaluation.documents.target.notna()]
+    best = rows.loglikelihoods.map(lambda lls: lls.index(max(lls)))
+    assert (best == rows.target).eq(rows.acc == 1).all()
+
+
+def test_a_standard_error_needs_two_documents_of_every_task(evaluation: Evaluation) -> None:
+    acc = evaluation.documents[evaluation.documents.task == "piqa"].acc.astype(float)
+    assert named(evaluation, "piqa/acc").stderr == pytest.approx(acc.std() / math.sqrt(3))
+    assert named(evaluation, "mmlu/acc").stderr is None
+
+
+def test_fingerprints_name_what_was_scored(evaluation: Evaluation) -> None:
+    assert set(evaluation.data_fingerprints) == {*SPEC.tasks, "heldout"}
+    assert all(len(value) == 64 for value in evaluation.data_fingerprints.values())
+    assert any("sciq" in note for note in evaluation.notes)
+
+
+def test_batches_and_repetition_change_nothing_and_nothing_is_printed(
+    evaluation: Evaluation, smollm2: LoadedModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    spec = SPEC.model_copy(update={"tasks": ("piqa",), "heldout_tokens": 0})
+    again = evaluate(smollm2.model, smollm2.tokenizer, spec, batch_tokens=100, progress=lambda *step: seen.append(step))
+    assert capfd.readouterr() == ("", "")
+    assert seen[-1][0] == seen[-1][1]
+    assert [m.name for m in again.measures] == ["piqa/acc", "piqa/acc_norm"]
+    first = evaluation.documents[evaluation.documents.task == "piqa"]
+    pd.testing.assert_frame_equal(
+        again.documents.drop(columns="loglikelihoods"), first.drop(columns="loglikelihoods").reset_index(drop=True)
+    )
+    for one, other in zip(again.documents.loglikelihoods, first.loglikelihoods, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
