@@ -1,0 +1,286 @@
+"""SliceGPT's maths: the residual stream's principal axes, block by block, and weights rotated into them and cut.
+
+Legend: N calibration sequences, T tokens, h hidden size, d kept width. Q is the basis of the residual stream at some
+point, [h, h], its columns by falling variance; a stream "in Q" holds coordinates, of which the first d are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from harness.models.modeling_pruned import SlicedRMSNorm
+
+MICRO_BATCH_TOKENS = 1024
+"""Tokens run through a block at once: bounds the MLP's activations, the largest there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """Half of a decoder layer: the linear maps that read the residual stream through a norm, and the one that writes."""
+
+    module: str
+    norm: str
+    readers: tuple[str, ...]
+    writer: str
+    shortcut: str
+
+
+SUBLAYERS = (
+    Sublayer("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj", "attn_shortcut"),
+    Sublayer("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj", "mlp_shortcut"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PrincipalAxes:
+    """Eigenvectors of a signal's second moments, by falling eigenvalue."""
+
+    axes: Tensor
+    """Columns, float64 [h, h]."""
+    energies: Tensor
+    """Eigenvalues: the signal's summed squares along each axis, without damping, float64 [h]."""
+
+    def explained(self, width: int) -> float:
+        """Share of the signal's energy that its first ``width`` axes carry."""
+        return float(self.energies[:width].sum() / self.energies.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class SlicedWeights:
+    """A model cut to one width."""
+
+    state: dict[str, Tensor]
+    """Parameters by name, for ``harness.models.assemble``."""
+    signals: list[PrincipalAxes]
+    """Of the embedding's output, then of every sublayer's output (each in the coordinates of the one before)."""
+
+
+def principal_axes(moments: Tensor, damping: float) -> PrincipalAxes:
+    """Eigenvectors of damped second moments.
+
+    Args:
+        moments: X^T X, float64 [h, h]; neither centred nor divided by the number of tokens.
+        damping: multiple of the mean diagonal that is added to the diagonal; it moves no axis.
+
+    Source: SliceGPT (arXiv:2401.15024), section 3.3, eq. 7; the damping is the published code's.
+    """
+    shift = damping * moments.diagonal().mean()
+    energies, axes = torch.linalg.eigh(
+        moments + shift * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    )
+    return PrincipalAxes(axes.flip(1), energies.flip(0) - shift)
+
+
+def fused(weight: Tensor, norm: nn.Module) -> Tensor:
+    """The linear map [out, h] that reads a weightless norm as ``weight`` reads ``norm``; at least float32.
+
+    Source: SliceGPT (arXiv:2401.15024), section 3.2.
+    Differs: one product rounded once has the same bits as the published detour through float64.
+    """
+    precise = _precise(weight.dtype)
+    return weight.to(precise) * norm.weight.to(precise)  # type: ignore[operator, arg-type]
+
+
+@dataclass(frozen=True)
+class Slicer:
+    """A dense model and its calibration tokens, to be cut to any width; what no width changes is computed once."""
+
+    model: Any
+    calibration: Tensor
+    """Token ids without padding, int64 [N, T]."""
+    slice_head: bool = True
+    subtract_embedding_mean: bool = False
+    damping: float = 0.01
+
+    @torch.no_grad()
+    def to_width(self, width: int) -> SlicedWeights:
+        """Cut the residual stream to ``width`` columns, front to back: a block sees the outputs of cut ones.
+
+        The published code runs a block twice, once before and once after its attention output is cut. Here every
+        block runs once: in the basis Q of a sublayer's input its output's signal is s = [u, 0] + f(norm u), with u the
+        kept coordinates of the input, and cutting that signal is a projection of s, whatever f was.
+
+        Source: SliceGPT (arXiv:2401.15024), section 3.3 and figure 4.
+        """
+        whole = self.model.config.hidden_size
+        stream = _Stream(self, width)
+        state = {"model.embed_tokens.weight": stream.embedding}
+        signals = [self.embedding_axes]
+        last = (self.model.config.num_hidden_layers - 1, SUBLAYERS[-1])
+        for i, sublayer in product(range(self.model.config.num_hidden_layers), SUBLAYERS):
+            output_width = whole if (i, sublayer) == last and not self.slice_head else width
+            tensors, axes = stream.advance(i, sublayer, output_width)
+            state |= {f"model.layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+            signals.append(axes)
+        head = fused(self.model.lm_head.weight, self.model.model.norm)
+        state["lm_head.weight"] = _right(head, stream.basis[:, :output_width]).to(stream.embedding.dtype)
+        return SlicedWeights(state, signals)
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """Token embeddings [vocab_size, h]; with ``subtract_embedding_mean`` each row's mean is taken off.
+
+        Differs: the mean belongs to the fusion of a LayerNorm. The published code subtracts it for RMSNorm models too,
+        which costs SmolLM2-135M 3.7e-4 nats per token.
+        """
+        weight: Tensor = self.model.model.embed_tokens.weight.detach()
+        if not self.subtract_embedding_mean:
+            return weight
+        precise = weight.double()
+        return (precise - precise.mean(dim=1, keepdim=True)).to(weight.dtype)
+
+    @cached_property
+    def embedding_axes(self) -> PrincipalAxes:
+        """Principal axes of the embedded calibration tokens."""
+        hidden_size = self.embedding.shape[1]
+        moments = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=self.embedding.device)
+        for tokens in self.micro_batches:
+            _add_moments(moments, functional.embedding(tokens, self.embedding).double())
+        return principal_axes(moments, self.damping)
+
+    @cached_property
+    def micro_batches(self) -> tuple[Tensor, ...]:
+        """The calibration tokens on the model's device, [n, T] each."""
+        rows = max(1, MICRO_BATCH_TOKENS // self.calibration.shape[1])
+        return self.calibration.to(self.embedding.device).split(rows)
+
+    @cached_property
+    def attention_arguments(self) -> list[dict[str, Any]]:
+        """What each attention is called with beside its input (rotary embedding, mask), by layer.
+
+        Caught while the model runs one sequence: no sequence is padded, so they are the same for all.
+        """
+        caught: list[dict[str, Any]] = []
+
+        def catch(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.model.model.layers
+        ]
+        try:
+            self.model.model(self.micro_batches[0][:1], use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return caught
+
+
+class _Stream:
+    """The residual stream of all calibration tokens, taken through one sublayer after the other while it is cut."""
+
+    def __init__(self, slicer: Slicer, width: int) -> None:
+        self.slicer = slicer
+        self.width = width
+        self.basis = slicer.embedding_axes.axes
+        """Q, float64 [h, h]."""
+        self.embedding = _right(slicer.embedding, self.basis[:, :width]).to(slicer.embedding.dtype)
+        self.hidden = [functional.embedding(tokens, self.embedding) for tokens in slicer.micro_batches]
+        """Coordinates in the kept columns of ``basis``, [n, T, d] a micro-batch."""
+
+    def advance(self, layer_idx: int, sublayer: Sublayer, output_width: int) -> tuple[dict[str, Tensor], PrincipalAxes]:
+        """Pass a sublayer: its cut parameters (and shortcut) by their names in the layer, and its signal's axes."""
+        layer = self.slicer.model.model.layers[layer_idx]
+        dense = dict(getattr(layer, sublayer.module).named_parameters())
+        cut = dict(dense)
+        for reader in (f"{name}.weight" for name in sublayer.readers):
+            kept = fused(dense[reader], getattr(layer, sublayer.norm))
+            cut[reader] = _right(kept, self.basis[:, : self.width]).to(dense[reader].dtype)
+        axes = self._run(layer_idx, sublayer, cut | _rotated(dense, sublayer.writer, self.basis))
+        cut |= _rotated(dense, sublayer.writer, self.basis[:, :output_width])
+        shortcut = axes.axes[: self.width, :output_width].T.contiguous()
+        tensors = {f"{sublayer.module}.{name}": tensor.detach() for name, tensor in cut.items()}
+        tensors[f"{sublayer.shortcut}.weight"] = shortcut.to(self.embedding.dtype)
+        return tensors, axes
+
+    def _run(self, layer_idx: int, sublayer: Sublayer, parameters: dict[str, Tensor]) -> PrincipalAxes:
+        """Run a sublayer whose output is not cut yet, find the axes of the signal, turn the stream into them and cut."""
+        config = self.slicer.model.config
+        norm = SlicedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        module = getattr(self.slicer.model.model.layers[layer_idx], sublayer.module)
+        arguments = self.slicer.attention_arguments[layer_idx] if sublayer.module == "self_attn" else {}
+        moments = torch.zeros_like(self.basis)
+        for i, hidden in enumerate(self.hidden):
+            output = functional_call(module, parameters, (norm(hidden),), arguments)
+            signal = output[0] if isinstance(output, tuple) else output
+            signal[..., : self.width] += hidden
+            # In this basis the moments are graded like the eigenvalues, so that float32 products keep small ones.
+            _add_moments(moments, signal.to(_precise(signal.dtype)))
+            self.hidden[i] = signal
+        axes = principal_axes(moments, self.slicer.damping)
+        kept = axes.axes[:, : self.width].to(self.embedding.dtype)
+        for i, signal in enumerate(self.hidden):
+            self.hidden[i] = signal @ kept
+        self.basis = self.basis @ axes.axes
+        return axes
+
+
+def reorient(state: dict[str, Tensor], num_layers: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The same function with a random rotation inside every kept subspace in place of the principal axes.
+
+    Args:
+        state: of ``SlicedWeights``; not changed.
+        num_layers: decoder layers.
+        generator: on the CPU.
+
+    Source: the published code's default; it spreads the energy evenly over the columns.
+    Differs: applied to the finished weights, so the signals that the axes come from see no rounding of it.
+    """
+    turned = dict(state)
+    embedding = state["model.embed_tokens.weight"]
+    before = random_rotation(embedding.shape[1], generator)
+    turned["model.embed_tokens.weight"] = _right(embedding, before).to(embedding.dtype)
+    for i, sublayer in product(range(num_layers), SUBLAYERS):
+        prefix = f"model.layers.{i}."
+        shortcut = state[f"{prefix}{sublayer.shortcut}.weight"]
+        after = random_rotation(len(shortcut), generator)
+        for reader in (f"{prefix}{sublayer.module}.{name}.weight" for name in sublayer.readers):
+            turned[reader] = _right(state[reader], before).to(embedding.dtype)
+        turned |= _rotated(state, f"{prefix}{sublayer.module}.{sublayer.writer}", after)
+        turned[f"{prefix}{sublayer.shortcut}.weight"] = _right(_left(after, shortcut), before).to(embedding.dtype)
+        before = after
+    turned["lm_head.weight"] = _right(state["lm_head.weight"], before).to(embedding.dtype)
+    return turned
+
+
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix drawn uniformly (Haar), float64 [size, size]."""
+    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    # Without the signs, the draw would follow the sign convention of the QR routine.
+    return Q * R.diagonal().sign()
+
+
+def _rotated(parameters: dict[str, Tensor], writer: str, basis: Tensor) -> dict[str, Tensor]:
+    """Weight and bias of a map into the dense basis, [h, in] and [h], made to write coordinates in ``basis`` [h, k]."""
+    names = [name for name in (f"{writer}.weight", f"{writer}.bias") if name in parameters]
+    return {name: _left(basis, parameters[name]).to(parameters[name].dtype) for name in names}
+
+
+def _left(basis: Tensor, tensor: Tensor) -> Tensor:
+    """``basis``^T times ``tensor``, at least in float32."""
+    precise = _precise(tensor.dtype)
+    return basis.T.to(tensor.device, precise) @ tensor.to(precise)
+
+
+def _right(tensor: Tensor, basis: Tensor) -> Tensor:
+    """``tensor`` times ``basis``, at least in float32."""
+    precise = _precise(tensor.dtype)
+    return tensor.to(precise) @ basis.to(tensor.device, precise)
+
+
+def _add_moments(moments: Tensor, signal: Tensor) -> None:
+    """Add X^T X of ``signal`` [..., h] to ``moments`` [h, h] in place."""
+    rows = signal.flatten(0, -2)
+    moments += rows.T @ rows
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

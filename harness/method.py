@@ -1,0 +1,71 @@
+"""What a pruning method is given and must return."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch import Tensor
+
+from harness.budget import ParameterTarget
+from harness.models import LoadedModel
+from harness.structure import ModelStructure
+
+__all__ = ["LoadedModel", "ParameterTarget", "PrunedModel", "PruningMethod"]
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """One smaller model, ready to run, save and train."""
+
+    model: Any
+    """A transformers causal language model whose configuration agrees with its weights."""
+    knob: Mapping[str, float] = field(default_factory=dict)
+    """The method's own settings that met the target, such as ``{"slicing_ratio": 0.458}``."""
+    trace: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What the method tells about its way there; JSON, shown in reports."""
+
+
+class PruningMethod(BaseModel, ABC):
+    """A competitor: its fields are its hyper-parameters, their defaults the paper's."""
+
+    # A field's docstring is its meaning in `harness methods NAME`.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    """Spelling on the command line and in tables."""
+    paper: ClassVar[str]
+    """Where the method was published, such as ``arXiv:2312.11983``."""
+    needs_calibration: ClassVar[bool] = True
+    """Whether calibration tokens can change the result."""
+    needs_seed: ClassVar[bool] = True
+    """Whether the seed can: through calibration drawn with it, or through random choices of the method's own."""
+    tolerance: ClassVar[float] = 0.0005
+    """How far above its target a model may end, as a fraction of the dense parameters."""
+
+    def why_unsupported(self, structure: ModelStructure) -> str | None:
+        """Why this method cannot prune such a model, in a sentence; None where it can."""
+        return None
+
+    @abstractmethod
+    def prune(
+        self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int
+    ) -> Iterator[PrunedModel]:
+        """One smaller model per target, in one pass.
+
+        The caller evaluates what was yielded before it asks for the next one, so an iterative method goes on pruning
+        and a one-shot method reuses its statistics. Targets of sparsity 0 never reach a method: the caller answers
+        them with the model as it was. A method leaves ``loaded.model`` as it found it.
+
+        Args:
+            loaded: the dense model, its tokenizer and its structure.
+            calibration: token ids, int64 [num_samples, num_tokens], without padding.
+            targets: by rising sparsity.
+            seed: for every random choice.
+
+        Raises:
+            UnreachableSparsityError: the model has less to give than a target asks.
+        """

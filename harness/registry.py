@@ -1,0 +1,86 @@
+"""The competitors: the one list of methods, and the entry-point group through which outside plugins join it."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue, ValidationError
+
+from harness.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from harness.method import PruningMethod
+
+# Name -> where the class is. Strings, so that listing names imports no torch.
+METHODS: dict[str, str] = {
+    "dense": "baselines.dense:Dense",
+    "random": "baselines.random_control:Random",
+    "magnitude": "baselines.magnitude:Magnitude",
+    "llm-pruner": "baselines.llm_pruner:LLMPruner",
+    "flap": "baselines.flap:FLAP",
+    "slicegpt": "baselines.slicegpt:SliceGPT",
+    "adapt-pruner": "adapt_pruner:AdaptPruner",
+}
+
+PLUGIN_GROUP = "harness.methods"
+"""Entry-point group of methods in other packages: name = the method's spelling, value = ``module:Class``."""
+
+
+def known_methods() -> dict[str, str]:
+    """Every method by name, built in and plugged in.
+
+    Raises:
+        UserError: a plugin uses a name that is taken.
+    """
+    methods = dict(METHODS)
+    for point in entry_points(group=PLUGIN_GROUP):
+        if point.name in methods:
+            raise UserError(
+                f"the plugin {point.value} registers the method {point.name!r}, which exists already; "
+                "give it another name or uninstall it"
+            )
+        methods[point.name] = point.value
+    return methods
+
+
+def method_class(name: str) -> type[PruningMethod]:
+    """The class of a method.
+
+    Raises:
+        UserError: no method has that name.
+    """
+    known = known_methods()
+    if name not in known:
+        raise unknown_name("method", name, known, "harness methods")
+    module, _, attribute = known[name].partition(":")
+    loaded: type[PruningMethod] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def build_method(name: str, params: dict[str, JsonValue] | None = None) -> PruningMethod:
+    """A method with its hyper-parameters checked.
+
+    Args:
+        name: its spelling in the registry.
+        params: hyper-parameters that differ from the method's defaults.
+
+    Raises:
+        UserError: an unknown method, an unknown hyper-parameter, or a value it does not take.
+    """
+    cls = method_class(name)
+    params = params or {}
+    for key in params:
+        if key not in cls.model_fields:
+            raise unknown_name(f"setting of {name}", key, cls.model_fields, f"harness methods {name}")
+    try:
+        return cls(**_as_any(params))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{name}.{field} = {first['input']!r} is not allowed: {first['msg'].lower()}") from error
+
+
+def _as_any(params: dict[str, JsonValue]) -> dict[str, Any]:
+    return dict(params)
