@@ -1,0 +1,119 @@
+"""The leaderboard: built from records alone, written as CSV and Markdown, shown on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+from tabulate import tabulate
+
+from harness.durable import write_file
+from harness.errors import UserError
+from harness.report.cells import Cell, Column, layout
+from harness.report.frame import build_frame, order_rows, task_columns
+from harness.report.notes import notes, ppl_heading
+from harness.report.pairs import PairTable, pair_tables
+from harness.report.rows import Row, contests, dense_rows, group_rows
+from harness.report.scores import RowScores, score_contest
+from harness.report.terminal import Tables
+from harness.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """A table of methods with everything a reader needs to judge it."""
+
+    frame: pd.DataFrame
+    """The CSV file: see `harness.report.frame`."""
+    columns: tuple[Column, ...]
+    """The same for people."""
+    notes: tuple[str, ...]
+    store: Store = field(repr=False)
+    rows: tuple[Row, ...] = field(repr=False)
+    """What the lines of ``frame`` sum up, in their order."""
+
+    @property
+    def title(self) -> str:
+        """Names the models."""
+        return "Leaderboard: " + ", ".join(dict.fromkeys(self.frame["model"].dropna()))
+
+    @property
+    def exit_code(self) -> int:
+        """1 if any run of the table failed, else 0."""
+        return int(any(row.status == "failed" for row in self.rows))
+
+    def to_csv(self, path: Path) -> None:
+        """Write the numbers, atomically.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        write_file(path, self.frame.to_csv(index=False, float_format="%.8g", lineterminator="\n").encode())
+
+    def to_markdown(self) -> str:
+        """The table for people and its notes."""
+        headings = [column.heading for column in self.columns]
+        lines = list(zip(*([_markdown(cell) for cell in column.cells] for column in self.columns), strict=True))
+        alignment = ["left" if column.part == "name" else "right" for column in self.columns]
+        table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+        bullets = "\n".join(f"- {note}" for note in self.notes)
+        return f"# {self.title}\n\n{table}\n\n{bullets}\n"
+
+    def to_markdown_file(self, path: Path) -> None:
+        """Write the table for people and its notes, atomically.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        write_file(path, self.to_markdown().encode())
+
+    def to_rich(self) -> Group:
+        """The same for the terminal."""
+        bullets = [Padding(Text(f"• {note}"), (0, 0, 0, 1)) for note in self.notes]
+        return Group(Text(self.title, style="bold"), Tables(self.columns), *bullets)
+
+    def pairs(self) -> list[PairTable]:
+        """Every pair of methods at one sparsity, read anew from the per-document scores."""
+        return pair_tables(self.store, self.rows)
+
+    def pairs_to_rich(self) -> Group:
+        """The pairs for the terminal."""
+        tables = self.pairs()
+        return (
+            Group(*(table.to_rich() for table in tables)) if tables else Group(Text("No two scored methods to pair."))
+        )
+
+
+def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, command: str | None = None) -> Leaderboard:
+    """Build the table from what is stored.
+
+    Args:
+        store: holds the runs.
+        run_ids: of the runs to show; None shows all.
+        command: the command line that makes these runs, for the notes.
+
+    Raises:
+        UserError: there are no runs, or one of them is corrupt.
+    """
+    records = list(store.records() if run_ids is None else map(store.load, dict.fromkeys(run_ids)))
+    if not records:
+        raise UserError(f"no runs in {store.root}; `harness compare --out {store.root}` makes some")
+    rows = group_rows(records)
+    dense = dense_rows(rows)
+    scores: dict[Row, RowScores] = {}
+    for contest in contests(rows):
+        scores |= score_contest(store, contest, dense.get(contest[0].reference))
+    rows = order_rows(rows, scores)
+    frame = build_frame(rows, scores)
+    columns = layout(frame, task_columns(rows), ppl_heading(rows))
+    return Leaderboard(frame, tuple(columns), tuple(notes(rows, scores, command)), store, tuple(rows))
+
+
+def _markdown(cell: Cell) -> str:
+    text = cell.text.replace("|", "\\|")
+    return f"**{text}**" if cell.bold else text

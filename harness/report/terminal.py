@@ -1,0 +1,68 @@
+"""Tables on the terminal: one where the window is wide enough, else several under one another."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from harness.report.cells import Cell, Column
+
+_UNBOUNDED = 100_000
+_WIDEST_UNBROKEN = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Columns of a leaderboard as tables that fit."""
+
+    columns: tuple[Column, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Choose by the width there is."""
+        whole = _table(self.columns)
+        needed = console.measure(whole, options=options.update(max_width=_UNBOUNDED)).maximum
+        if needed <= options.max_width:
+            yield whole
+            return
+        for part in ("scores", "tasks", "size and cost"):
+            columns = [column for column in self.columns if column.part in ("name", part)]
+            if any(column.part == part for column in columns):
+                yield Text(part, style="italic")
+                yield _table(columns)
+
+
+def _table(columns: Sequence[Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        texts = [_compact(cell) for cell in column.cells]
+        is_name = column.part == "name"
+        words = texts if is_name else [word for text in texts for word in text.split(" ")]
+        table.add_column(
+            _heading(column.heading, max(map(len, texts))),
+            justify="left" if is_name else "right",
+            min_width=min(max(map(len, words)), _WIDEST_UNBROKEN) if column.part in ("name", "scores") else None,
+            overflow="fold",
+        )
+    blocks = list(zip(*(column.cells for column in columns if column.heading in ("model", "sparsity")), strict=True))
+    for position, line in enumerate(zip(*(column.cells for column in columns), strict=True)):
+        if position and blocks[position] != blocks[position - 1]:
+            table.add_section()
+        table.add_row(*(Text(_compact(cell), style="bold" if cell.bold else "") for cell in line))
+    return table
+
+
+def _heading(text: str, width: int) -> Text:
+    """Broken to the width of what stands below, as far as its words allow."""
+    words = text.replace("_", " ").split()
+    return Text("\n".join(textwrap.wrap(" ".join(words), max(width, *(len(word) for word in words), 1))))
+
+
+def _compact(cell: Cell) -> str:
+    """The text without the spaces inside an interval, which then breaks before its bracket if it must."""
+    return cell.text.replace(", ", ",")
