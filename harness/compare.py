@@ -1,0 +1,120 @@
+"""`harness compare`, the story on one screen: expand, skip what is done, run each track, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef, RunSpec
+from harness.registry import build_method
+from harness.report import Leaderboard, build_leaderboard
+from harness.runner import Event, Track
+from harness.store import Store
+
+
+class Comparison(BaseModel):
+    """What is compared: every model with every method at every sparsity and seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[ModelRef, ...]
+    methods: tuple[str, ...]
+    method_params: Mapping[str, dict[str, JsonValue]] = {}
+    """Method -> hyper-parameters that differ from its defaults."""
+    sparsities: tuple[float, ...]
+    basis: Basis = "total"
+    seeds: tuple[int, ...] = (0,)
+    dtype: Dtype = "float32"
+    calibration: CalibrationSpec
+    evaluation: EvaluationSpec
+
+
+class Executor(Protocol):
+    """Runs one track somewhere."""
+
+    def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+        """Run it to its end; every run of it has a record afterwards."""
+
+
+def expand(comparison: Comparison) -> list[list[RunSpec]]:
+    """One spec per run, grouped into tracks: runs that differ in sparsity alone, by rising sparsity.
+
+    Settings that cannot change a method's numbers are left out of its specs, so that a dense model is scored once
+    however many seeds and calibrations are compared.
+    """
+    tracks: dict[str, dict[str, RunSpec]] = {}
+    for model in comparison.models:
+        for name in comparison.methods:
+            method = build_method(name, comparison.method_params.get(name))
+            for seed in comparison.seeds if method.needs_seed else comparison.seeds[:1]:
+                for sparsity in sorted(set(comparison.sparsities)) if name != "dense" else (0.0,):
+                    spec = RunSpec(
+                        model=model,
+                        method=name,
+                        method_params=method.model_dump(mode="json"),
+                        sparsity=sparsity,
+                        basis=comparison.basis if name != "dense" else "total",
+                        seed=seed if method.needs_seed else 0,
+                        dtype=comparison.dtype,
+                        calibration=comparison.calibration if method.needs_calibration else None,
+                        evaluation=comparison.evaluation,
+                    )
+                    key = spec.model_copy(update={"sparsity": 0.0}).run_id
+                    tracks.setdefault(key, {})[spec.run_id] = spec
+    return [list(specs.values()) for specs in tracks.values()]
+
+
+def compare(
+    comparison: Comparison,
+    store: Store,
+    executor: Executor,
+    on_event: Callable[[Event], None],
+    *,
+    on_plan: Callable[[Sequence[RunSpec], Sequence[RunSpec]], None] = lambda _all, _missing: None,
+    force: bool = False,
+    device: str = "cpu",
+    batch_tokens: int = 4096,
+    num_threads: int | None = None,
+    command: str | None = None,
+) -> Leaderboard:
+    """Make the runs that ``store`` does not hold yet, and read the leaderboard off the records.
+
+    Args:
+        comparison: what to compare.
+        store: where records are, and go.
+        executor: where tracks run.
+        on_event: hears of every track's progress.
+        on_plan: hears which runs there are and which are still missing.
+        force: run again what is done.
+        device: torch device of every track.
+        batch_tokens: tokens scored at once.
+        num_threads: CPU threads of a track.
+        command: how the user asked for it, for the table's notes.
+
+    Raises:
+        UserError: something the user must mend; finished runs stay.
+    """
+    tracks = expand(comparison)
+    specs = [spec for track in tracks for spec in track]
+    missing = specs if force else store.missing(specs)
+    on_plan(specs, missing)
+    for specs_of_track in tracks:
+        todo = tuple(spec for spec in specs_of_track if spec in missing)
+        if not todo:
+            continue
+        with store.lock(specs_of_track[0].run_id):
+            # Another process may have made them while this one waited for the lock.
+            todo = todo if force else tuple(store.missing(todo))
+            if todo:
+                options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads}
+                executor.run(Track(specs=todo, out=store.root, **options), on_event)
+    return build_leaderboard(store, [spec.run_id for spec in specs], command=command)
+
+
+def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> None:
+    """Write ``leaderboard.csv`` and ``leaderboard.md`` into a folder."""
+    leaderboard.to_csv(folder / "leaderboard.csv")
+    leaderboard.to_markdown_file(folder / "leaderboard.md")

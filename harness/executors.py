@@ -1,0 +1,92 @@
+"""Where tracks run: each in a fresh process of this machine, so that no method inherits another's memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from harness.durable import write_file
+from harness.errors import UserError
+from harness.records import RunRecord
+from harness.runner import Event, Track
+from harness.store import Store
+
+# What libraries print is in the track's log; they have nothing to say on the terminal.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class LocalExecutor:
+    """Runs tracks one after the other, each in a process of its own."""
+
+    def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+        """Run a track to its end; whatever happens to the process, every run of it has a record afterwards.
+
+        Raises:
+            UserError: the track met something the user must mend.
+        """
+        folder = track.out / "tracks"
+        track_file = folder / f"{track.track_id}.json"
+        log_file = folder / f"{track.track_id}.log"
+        write_file(track_file, track.model_dump_json(indent=2).encode())
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "harness.runner", str(track_file)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **QUIET},
+            )
+            try:
+                finished, message = _relay(process, log_file, on_event)
+            finally:
+                process.terminate()
+                process.wait()
+        if message is not None:
+            raise UserError(message)
+        if process.returncode != 0:
+            _record_what_is_missing(track, finished, process.returncode, log_file)
+
+
+def _relay(
+    process: subprocess.Popen[str], log_file: Path, on_event: Callable[[Event], None]
+) -> tuple[set[str], str | None]:
+    """Pass the process's events on until it ends; the runs it finished and the message of its ``user_error``."""
+    finished: set[str] = set()
+    message = None
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            event = Event.model_validate_json(line)
+        except ValidationError:  # something a library printed
+            with log_file.open("a") as log:
+                log.write(line)
+            continue
+        if event.kind == "user_error":
+            message = event.text
+        else:
+            on_event(event)
+            if event.kind == "finished":
+                finished.add(event.run_id)
+    process.wait()
+    return finished, message
+
+
+def _record_what_is_missing(track: Track, finished: set[str], returncode: int, log_file: Path) -> None:
+    """A process that was killed writes no records: say so in its place."""
+    store = Store(track.out)
+    last_lines = "\n".join(log_file.read_text(errors="replace").splitlines()[-40:])
+    for spec in (spec for spec in track.specs if spec.run_id not in finished):
+        reason = f"its process ended with code {returncode}" + (
+            " (killed, most likely for want of memory)" if returncode == -9 else ""
+        )
+        store.write(RunRecord(spec=spec, status="failed", reason=reason, traceback=last_lines), None)

@@ -1,0 +1,235 @@
+"""From flags and config files to a checked comparison; unknown names and impossible numbers stop here."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import JsonValue, ValidationError
+
+from harness.compare import Comparison
+from harness.errors import UserError, unknown_name
+from harness.models.catalog import CATALOG
+from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef
+from harness.registry import build_method, known_methods
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {"limit": 40, "mmlu_limit": 2, "mmlu_num_fewshot": 0, "heldout_tokens": 4096},
+    "standard": {"limit": 200, "mmlu_limit": 10, "mmlu_num_fewshot": 5, "heldout_tokens": 32768},
+    "full": {"limit": None, "mmlu_limit": None, "mmlu_num_fewshot": 5, "heldout_tokens": 131072},
+}
+"""How much is scored: quick fits a quarter of an hour on two cores, full is every document."""
+
+# Flags of `harness compare` that are not settings of the comparison itself, so a config file cannot hold them.
+NOT_IN_FILE = {"config", "set_", "force", "out"}
+
+BASES: tuple[Basis, ...] = ("total", "non-embedding")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+Text = TypeVar("Text", bound=str)
+
+
+def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path | None) -> Comparison:
+    """A comparison from flags, and from a file for those that were not given on the command line.
+
+    Args:
+        flags: every flag by its Python name.
+        given: the flags that were typed rather than left at their defaults.
+        config: a .toml file with the same names (lists where flags have commas) and tables ``[params.<method>]``.
+
+    Raises:
+        UserError: naming what was given, what is allowed and what to do.
+    """
+    settings = dict(flags)
+    params: dict[str, dict[str, JsonValue]] = {}
+    if config is not None:
+        file = _read_toml(config)
+        params = file.pop("params", {})
+        allowed = set(flags) - NOT_IN_FILE
+        for key, value in file.items():
+            if key not in allowed:
+                raise unknown_name(f"setting in {config}", key, allowed | {"params"}, "harness compare --help")
+            if key not in set(given):
+                settings[key] = value
+    methods = _method_names(_listed(settings["methods"]))
+    for method, changed in _parsed_settings(settings["set_"]).items():
+        params[method] = {**params.get(method, {}), **changed}
+    for method, changed in params.items():
+        build_method(method, changed)
+        if method not in methods:
+            raise UserError(f"settings were given for {method!r}, which is not compared; add it to --methods")
+    return Comparison(
+        models=tuple(model_ref(name) for name in _listed(settings["models"])),
+        methods=methods,
+        method_params=params,
+        sparsities=tuple(one_sparsity(value) for value in _listed(settings["sparsities"])),
+        basis=one_of("basis", settings["basis"], BASES),
+        seeds=tuple(_whole_number("seed", value) for value in _listed(settings["seeds"])),
+        dtype=one_of("dtype", settings["dtype"], DTYPES),
+        calibration=calibration_spec(
+            settings["calibration"], settings["calibration_samples"], settings["calibration_length"]
+        ),
+        evaluation=evaluation_spec(
+            settings["tasks"],
+            settings["profile"],
+            settings["limit"],
+            settings["mmlu_limit"],
+            settings["mmlu_shots"],
+            settings["heldout_tokens"],
+            settings["offline"],
+        ),
+    )
+
+
+def calibration_spec(source: str, num_samples: int, num_tokens: int) -> CalibrationSpec:
+    """Checked calibration settings.
+
+    Raises:
+        UserError: a size below the smallest that makes sense.
+    """
+    try:
+        return CalibrationSpec(source=source, num_samples=num_samples, num_tokens=num_tokens)
+    except ValidationError as error:
+        raise _refused("calibration", error) from error
+
+
+def evaluation_spec(
+    tasks: str | list[str],
+    profile: str,
+    limit: int | None,
+    mmlu_limit: int | None,
+    mmlu_shots: int | None,
+    heldout_tokens: int | None,
+    offline: bool | None,
+) -> EvaluationSpec:
+    """Checked evaluation settings: a profile, and what was asked for instead of it.
+
+    Raises:
+        UserError: an unknown profile or task, or a limit of 0.
+    """
+    from harness.evaluation.tasks import expand_tasks
+
+    values = dict(PROFILES[one_of("profile", profile, tuple(PROFILES))])
+    asked = {"limit": limit, "mmlu_limit": mmlu_limit, "mmlu_num_fewshot": mmlu_shots, "heldout_tokens": heldout_tokens}
+    values |= {key: value for key, value in asked.items() if value is not None}
+    try:
+        return EvaluationSpec(
+            tasks=expand_tasks(_listed(tasks)), data="hub" if offline is False else "embedded", **values
+        )
+    except ValidationError as error:
+        raise _refused("evaluation", error) from error
+
+
+def settings_of(method: str, changes: list[str]) -> dict[str, JsonValue]:
+    """Hyper-parameters of one method from ``key=value`` or ``method.key=value`` texts, checked."""
+    prefixed = [change if change.startswith(f"{method}.") else f"{method}.{change}" for change in changes]
+    params = _parsed_settings(prefixed).get(method, {})
+    build_method(method, params)
+    return params
+
+
+def one_sparsity(value: str | float) -> float:
+    """A sparsity as a number in [0, 1).
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise UserError(f"sparsity {value} is not in [0, 1); pass the fraction to remove, such as 0.2 for 20%")
+    return number
+
+
+def model_ref(name: str) -> ModelRef:
+    """A model by catalog name, hub id or folder; whether it loads shows when it is loaded.
+
+    Raises:
+        UserError: the name can be none of the three.
+    """
+    if name in CATALOG:
+        return ModelRef(name=name, revision=CATALOG[name].revision)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return ModelRef(name=str(folder.resolve()))
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"there is no model folder {name}; pass a save_pretrained folder, a hub id or a catalog name")
+    if name.count("/") != 1:
+        raise unknown_name("model", name, CATALOG, "harness models")
+    return ModelRef(name=name)
+
+
+def one_of(what: str, value: str, allowed: tuple[Text, ...]) -> Text:
+    """``value``, if it is one of the allowed words.
+
+    Raises:
+        UserError: it is not.
+    """
+    for word in allowed:
+        if value == word:
+            return word
+    raise UserError(f"{what} {value!r} is not known; pass one of {', '.join(allowed)}")
+
+
+def _refused(what: str, error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    return UserError(f"{what}: {first['loc'][0]} = {first['input']!r} is not allowed; {first['msg'].lower()}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); pass a .toml file to --config") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def _listed(value: Any) -> list[str]:
+    """Comma-separated text, a list, or one value, as a list of texts without repeats."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    listed = list(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
+    if not listed:
+        raise UserError("an empty list was given; name at least one")
+    return listed
+
+
+def _whole_number(what: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{what} {value!r} is not a whole number") from None
+
+
+def _method_names(names: list[str]) -> tuple[str, ...]:
+    known = known_methods()
+    if names == ["all"]:
+        return tuple(known)
+    for name in names:
+        if name not in known:
+            raise unknown_name("method", name, [*known, "all"], "harness methods")
+    # Differences are taken from the dense model, so it is always there.
+    return tuple(dict.fromkeys(["dense", *names]))
+
+
+def _parsed_settings(changes: list[str]) -> dict[str, dict[str, JsonValue]]:
+    parsed: dict[str, dict[str, JsonValue]] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        method, dot, field = key.partition(".")
+        if not (equals and dot and field):
+            raise UserError(f"--set {change!r} is not of the form method.setting=value, such as flap.metric=wifn")
+        parsed.setdefault(method, {})[field] = _value(value)
+    return parsed
+
+
+def _value(text: str) -> JsonValue:
+    try:
+        return cast(JsonValue, json.loads(text))
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,92 @@
+"""How a comparison becomes tracks, and what happens when some are done, fail or are killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.compare import Comparison, compare, expand
+from harness.executors import LocalExecutor
+from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, RunRecord
+from harness.runner import Event, Track
+from harness.store import Store
+
+EVALUATION = EvaluationSpec(tasks=("arc_easy",), limit=2, heldout_tokens=64, heldout_length=32)
+
+
+def comparison(*methods: str, sparsities: tuple[float, ...] = (0.1, 0.2), seeds: tuple[int, ...] = (0,)) -> Comparison:
+    return Comparison(
+        models=(ModelRef(name="smollm2-135m"),),
+        methods=methods,
+        sparsities=sparsities,
+        seeds=seeds,
+        calibration=CalibrationSpec(num_samples=2, num_tokens=32),
+        evaluation=EVALUATION,
+    )
+
+
+class Recorder:
+    """An executor that writes a record for every run of a track, and remembers the tracks."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.tracks: list[Track] = []
+
+    def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+        self.tracks.append(track)
+        for spec in track.specs:
+            self.store.write(RunRecord(spec=spec, status="unsupported", reason="only a test"), None)
+
+
+def test_runs_that_differ_in_sparsity_alone_share_a_track_in_rising_order() -> None:
+    tracks = expand(comparison("flap", "slicegpt", sparsities=(0.4, 0.2), seeds=(0, 1)))
+    assert [[(s.method, s.seed, s.sparsity) for s in track] for track in tracks] == [
+        [("flap", 0, 0.2), ("flap", 0, 0.4)],
+        [("flap", 1, 0.2), ("flap", 1, 0.4)],
+        [("slicegpt", 0, 0.2), ("slicegpt", 0, 0.4)],
+        [("slicegpt", 1, 0.2), ("slicegpt", 1, 0.4)],
+    ]
+
+
+def test_dense_is_one_run_whatever_the_seeds_sparsities_and_calibration() -> None:
+    tracks = expand(comparison("dense", seeds=(3, 4)))
+    assert [(s.sparsity, s.seed, s.calibration) for track in tracks for s in track] == [(0.0, 0, None)]
+
+
+def test_run_ids_do_not_collide_and_name_what_they_are() -> None:
+    specs = [spec for track in expand(comparison("flap", "random", seeds=(0, 1))) for spec in track]
+    assert len({spec.run_id for spec in specs}) == len(specs) == 8
+    assert specs[0].run_id.startswith("smollm2-135m--flap--s0.10--")
+
+
+def test_a_second_run_makes_only_what_is_missing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, second = Recorder(store), Recorder(store)
+    compare(comparison("flap", sparsities=(0.1,)), store, first, lambda _event: None)
+    compare(comparison("flap", "magnitude"), store, second, lambda _event: None)
+    assert [[(s.method, s.sparsity) for s in track.specs] for track in second.tracks] == [
+        [("flap", 0.2)],
+        [("magnitude", 0.1), ("magnitude", 0.2)],
+    ]
+
+
+def test_force_makes_everything_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    again = Recorder(store)
+    compare(comparison("flap"), store, Recorder(store), lambda _event: None)
+    compare(comparison("flap"), store, again, lambda _event: None, force=True)
+    assert [len(track.specs) for track in again.tracks] == [2]
+
+
+def test_a_process_that_is_killed_leaves_failed_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The child kills itself as it imports pandas: no record of its own can be written.
+    (tmp_path / "pandas.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    specs = tuple(spec for track in expand(comparison("magnitude")) for spec in track)
+    LocalExecutor().run(Track(specs=specs, out=tmp_path / "results"), lambda _event: None)
+    store = Store(tmp_path / "results")
+    assert [record.status for record in store.records()] == ["failed", "failed"]
+    assert "ended with code -9" in str(next(store.records()).reason)
+    assert store.missing(specs) == list(specs)

@@ -1,0 +1,124 @@
+"""From flags and files to a comparison; what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import UserError
+from harness.request import comparison_from, one_sparsity, settings_of
+
+FLAGS: dict[str, Any] = {
+    "models": "smollm2-135m",
+    "methods": "all",
+    "sparsities": "0.2,0.4",
+    "basis": "total",
+    "seeds": "0",
+    "calibration": "wikipedia",
+    "calibration_samples": 64,
+    "calibration_length": 128,
+    "tasks": "commonsense,mmlu",
+    "profile": "quick",
+    "limit": None,
+    "mmlu_limit": None,
+    "mmlu_shots": None,
+    "heldout_tokens": None,
+    "offline": None,
+    "set_": [],
+    "config": None,
+    "dtype": "float32",
+    "out": Path("results"),
+    "force": False,
+    "device": "cpu",
+    "batch_tokens": 4096,
+}
+
+
+def test_defaults_compare_every_method_on_the_embedded_model() -> None:
+    comparison = comparison_from(FLAGS, (), None)
+    assert [model.name for model in comparison.models] == ["smollm2-135m"]
+    assert {"dense", "random", "magnitude", "llm-pruner", "flap", "slicegpt", "adapt-pruner"} <= set(comparison.methods)
+    assert comparison.sparsities == (0.2, 0.4)
+    assert len(comparison.evaluation.tasks) == 8
+
+
+def test_dense_is_always_there_to_compare_with() -> None:
+    assert comparison_from({**FLAGS, "methods": "flap"}, (), None).methods == ("dense", "flap")
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text('sparsities = [0.1]\nmethods = ["flap"]\nseeds = [0, 1]\n[params.flap]\nmetric = "wifn"\n')
+    comparison = comparison_from({**FLAGS, "seeds": "7"}, {"seeds"}, file)
+    assert comparison.sparsities == (0.1,)
+    assert comparison.seeds == (7,)
+    assert comparison.method_params == {"flap": {"metric": "wifn"}}
+
+
+def test_set_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text('[params.flap]\nmetric = "wifn"\n')
+    comparison = comparison_from({**FLAGS, "set_": ["flap.metric=ifv"]}, {"set_"}, file)
+    assert comparison.method_params["flap"] == {"metric": "ifv"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("methods", "flapp", "unknown method 'flapp'; did you mean 'flap'?"),
+        ("models", "smollm2-135", "unknown model 'smollm2-135'; did you mean 'smollm2-135m'?"),
+        ("models", "./no-such-folder", "there is no model folder ./no-such-folder"),
+        ("tasks", "arc_esay", "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
+        ("sparsities", "1.0", "sparsity 1.0 is not in [0, 1)"),
+        ("sparsities", "-0.1", "sparsity -0.1 is not in [0, 1)"),
+        ("sparsities", "a fifth", "sparsity a fifth is not in [0, 1)"),
+        ("sparsities", "nan", "sparsity nan is not in [0, 1)"),
+        ("sparsities", ",", "an empty list was given"),
+        ("seeds", "one", "seed 'one' is not a whole number"),
+        ("basis", "all", "basis 'all' is not known; pass one of total, non-embedding"),
+        ("profile", "fast", "profile 'fast' is not known; pass one of quick, standard, full"),
+        ("limit", 0, "limit = 0 is not allowed"),
+        ("calibration_samples", 0, "num_samples = 0 is not allowed"),
+        ("set_", ["flap.metrc=wifn"], "unknown setting of flap 'metrc'; did you mean 'metric'?"),
+        ("set_", ["flap.metric=l7"], "flap.metric = 'l7' is not allowed"),
+        ("set_", ["flap"], "--set 'flap' is not of the form method.setting=value"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_sentence(flag: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        comparison_from({**FLAGS, flag: value}, {flag}, None)
+    assert message in str(caught.value)
+
+
+def test_settings_of_a_method_that_is_not_compared_are_refused() -> None:
+    with pytest.raises(UserError, match="'flap', which is not compared"):
+        comparison_from({**FLAGS, "methods": "magnitude", "set_": ["flap.metric=wifn"]}, (), None)
+
+
+def test_an_unknown_key_in_the_file_is_refused_with_the_closest(tmp_path: Path) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text("sparsitys = [0.1]\n")
+    with pytest.raises(UserError, match="did you mean 'sparsities'"):
+        comparison_from(FLAGS, (), file)
+
+
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text("sparsities = [")
+    with pytest.raises(UserError, match=r"compare\.toml is not valid TOML"):
+        comparison_from(FLAGS, (), file)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        comparison_from(FLAGS, (), tmp_path / "none.toml")
+
+
+def test_settings_may_leave_the_method_out() -> None:
+    assert settings_of("flap", ["metric=wifn"]) == settings_of("flap", ["flap.metric=wifn"]) == {"metric": "wifn"}
+
+
+def test_sparsity_zero_is_allowed() -> None:
+    assert one_sparsity("0") == 0.0
