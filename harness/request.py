@@ -17,7 +17,7 @@ from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, Model
 from harness.registry import build_method, known_methods
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "quick": {"limit": 40, "mmlu_limit": 2, "mmlu_num_fewshot": 0, "heldout_tokens": 4096},
+    "quick": {"limit": 40, "mmlu_limit": 1, "mmlu_num_fewshot": 0, "heldout_tokens": 4096},
     "standard": {"limit": 200, "mmlu_limit": 10, "mmlu_num_fewshot": 5, "heldout_tokens": 32768},
     "full": {"limit": None, "mmlu_limit": None, "mmlu_num_fewshot": 5, "heldout_tokens": 131072},
 }

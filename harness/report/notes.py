@@ -140,7 +140,7 @@ def _documents(rows: Sequence[Row]) -> list[str]:
         counts: dict[int, list[str]] = defaultdict(list)
         for measure in record.measures:
             task, _, metric = measure.name.rpartition("/")
-            if metric == "acc" and measure.num_examples and task != MMLU:
+            if metric == "acc" and measure.num_examples and task in evaluation.tasks and task != MMLU:
                 counts[measure.num_examples].append(task)
         parts = [f"{count} of {', '.join(names)}" for count, names in counts.items()]
         if mmlu := record.measure(f"{MMLU}/acc"):
