@@ -68,44 +68,66 @@ def unit_gradient_scores(
     Returns:
         Group name -> score per unit [num_units], on the CPU.
     """
+    by_module = matrix_scores(
+        model,
+        groups,
+        calibration,
+        criterion,
+        mean_over=mean_over,
+        micro_batch_tokens=micro_batch_tokens,
+        bfloat16=bfloat16,
+        on_layer=on_layer,
+        on_loss=on_loss,
+    )
+    shape = {"head_dim": structure.head_dim, "query_group_size": structure.query_group_size}
+    return {
+        group.name: unit_scores(group, by_module, criterion=criterion, grouping=grouping, fold=fold, **shape)
+        for group in groups
+    }
+
+
+def matrix_scores(
+    model: Any,
+    groups: Sequence[CoupledGroup],
+    calibration: Tensor,
+    criterion: Criterion,
+    *,
+    mean_over: int | None = None,
+    micro_batch_tokens: int = 1024,
+    bfloat16: bool = False,
+    on_layer: LayerObserver | None = None,
+    on_loss: Callable[[float], None] | None = None,
+) -> dict[str, Tensor]:
+    """Scores of the channels of every matrix of ``groups``, before matrices are combined; as ``unit_gradient_scores``.
+
+    Returns:
+        Module name -> score per row or column that belongs to units [C], on the CPU.
+    """
     dims = {member.module: member.dim for group in groups if group.num_units for member in group.members}
     by_module: dict[str, Tensor] = {}
 
     def reduce(module: str, weight: Tensor, gradient: Tensor | None, squared: Tensor | None) -> None:
         by_module[module] = channel_scores(weight, criterion, dims[module], gradient, squared).cpu()
 
-    if criterion in TAYLOR:
-        moments: dict[str, Moments] = {"param_second": "squared", "param_mix": "both"}
-        loss = gradient_pass(
-            model,
-            calibration,
-            tuple(dims),
-            reduce,
-            moments=moments.get(criterion, "gradient"),
-            mean_over=mean_over,
-            micro_batch_tokens=micro_batch_tokens,
-            bfloat16=bfloat16,
-            on_layer=on_layer,
-        )
-        if on_loss is not None:
-            on_loss(loss)
-    else:
+    if criterion not in TAYLOR:
         for module in dims:
             reduce(module, model.get_submodule(module).weight.detach(), None, None)
-    return {
-        group.name: unit_scores(
-            group,
-            by_module,
-            criterion=criterion,
-            head_dim=structure.head_dim,
-            query_group_size=structure.query_group_size,
-            grouping=grouping,
-            fold=fold,
-        )
-        if group.num_units
-        else torch.empty(0)
-        for group in groups
-    }
+        return by_module
+    moments: dict[str, Moments] = {"param_second": "squared", "param_mix": "both"}
+    loss = gradient_pass(
+        model,
+        calibration,
+        tuple(dims),
+        reduce,
+        moments=moments.get(criterion, "gradient"),
+        mean_over=mean_over,
+        micro_batch_tokens=micro_batch_tokens,
+        bfloat16=bfloat16,
+        on_layer=on_layer,
+    )
+    if on_loss is not None:
+        on_loss(loss)
+    return by_module
 
 
 def gradient_pass(

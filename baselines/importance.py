@@ -142,13 +142,15 @@ def unit_scores(
 
     Args:
         group: kv heads or MLP channels.
-        by_module: module name of every member -> its channel scores [C].
+        by_module: module name of every member -> its channel scores [C]; not looked at for a group without units.
         criterion: that they were made with; ``l1`` and ``l2`` are always combined by their mean.
         head_dim: D.
         query_group_size: G.
         grouping: over the matrices of the group.
         fold: of query channels onto kv channels.
     """
+    if not group.num_units:
+        return torch.empty(0)
     if criterion not in TAYLOR:
         grouping = "mean"
     by_leaf = {member.module.rpartition(".")[2]: by_module[member.module] for member in group.members}

@@ -8,15 +8,15 @@ structure are added up, its matrices combined (section 3.2), and the lowest leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from baselines.gradients import unit_gradient_scores
-from baselines.importance import Criterion, Grouping, QueryFold
+from baselines.gradients import matrix_scores
+from baselines.importance import Criterion, Grouping, QueryFold, unit_scores
 from baselines.ratio import Scores, global_plan, meet_target, uniform_plan, uniform_priority
 from harness.errors import UserError
 from harness.method import LoadedModel, ParameterTarget, PrunedModel, PruningMethod
@@ -91,16 +91,19 @@ class LLMPruner(PruningMethod):
             loaded: the dense model.
             calibration: token ids [B, T]; the gradient is that of the mean next-token loss over all of them.
         """
-        return unit_gradient_scores(
-            loaded.model,
-            loaded.structure,
-            self.groups(loaded.structure),
-            calibration,
-            self.importance,
-            grouping=self.grouping,
-            fold=self.query_fold,
-            bfloat16=self.pass_dtype == "bfloat16",
-        )
+        groups, bfloat16 = self.groups(loaded.structure), self.pass_dtype == "bfloat16"
+        matrices = matrix_scores(loaded.model, groups, calibration, self.importance, bfloat16=bfloat16)
+        return self.combined(matrices, loaded.structure)
+
+    def combined(self, matrices: Mapping[str, Tensor], structure: ModelStructure) -> dict[str, Tensor]:
+        """Scores of units from those of the channels of every matrix, by module name."""
+        shape = {"head_dim": structure.head_dim, "query_group_size": structure.query_group_size}
+        return {
+            group.name: unit_scores(
+                group, matrices, criterion=self.importance, grouping=self.grouping, fold=self.query_fold, **shape
+            )
+            for group in self.groups(structure)
+        }
 
     def plan_at(self, scores: Scores, structure: ModelStructure, ratio: float) -> dict[str, Tensor]:
         """The published plan at a pruning ratio: int(C (1 - ratio)) channels stay, kv heads leave whole."""

@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from harness.models.modeling_pruned import SlicedRMSNorm
 
-MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 2048
 """Tokens run through a block at once: bounds the MLP's activations, the largest there are."""
+MOMENTS_BLOCK = 128
+"""Rows of second moments computed at once, up to the diagonal: two thirds of the time of the whole square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ def principal_axes(moments: Tensor, damping: float) -> PrincipalAxes:
     """Eigenvectors of damped second moments.
 
     Args:
-        moments: X^T X, float64 [h, h]; neither centred nor divided by the number of tokens.
+        moments: X^T X, float64 [h, h], of which the lower triangle is read; neither centred nor divided by the number
+            of tokens.
         damping: multiple of the mean diagonal that is added to the diagonal; it moves no axis.
 
     Source: SliceGPT (arXiv:2401.15024), section 3.3, eq. 7; the damping is the published code's.
@@ -143,7 +146,7 @@ class Slicer:
         hidden_size = self.embedding.shape[1]
         moments = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=self.embedding.device)
         for tokens in self.micro_batches:
-            _add_moments(moments, functional.embedding(tokens, self.embedding).double())
+            _add_moments(moments, functional.embedding(tokens, self.embedding))
         return principal_axes(moments, self.damping)
 
     @cached_property
@@ -212,8 +215,7 @@ class _Stream:
             output = functional_call(module, parameters, (norm(hidden),), arguments)
             signal = output[0] if isinstance(output, tuple) else output
             signal[..., : self.width] += hidden
-            # In this basis the moments are graded like the eigenvalues, so that float32 products keep small ones.
-            _add_moments(moments, signal.to(_precise(signal.dtype)))
+            _add_moments(moments, signal)
             self.hidden[i] = signal
         axes = principal_axes(moments, self.slicer.damping)
         kept = axes.axes[:, : self.width].to(self.embedding.dtype)
@@ -277,9 +279,13 @@ def _right(tensor: Tensor, basis: Tensor) -> Tensor:
 
 
 def _add_moments(moments: Tensor, signal: Tensor) -> None:
-    """Add X^T X of ``signal`` [..., h] to ``moments`` [h, h] in place."""
-    rows = signal.flatten(0, -2)
-    moments += rows.T @ rows
+    """Add X^T X of ``signal`` [..., h] to the lower triangle of ``moments`` [h, h] in place."""
+    # In float64: beside SmolLM2's massive activations, which carry 1e8 times the energy of the smallest direction,
+    # float32 products move the later eigenvalues by 2e-3 and the held-out loss by 2e-3.
+    rows = signal.flatten(0, -2).double()
+    for start in range(0, len(moments), MOMENTS_BLOCK):
+        block = slice(start, start + MOMENTS_BLOCK)
+        moments[block, : block.stop] += rows[:, block].T @ rows[:, : block.stop]
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

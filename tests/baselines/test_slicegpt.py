@@ -100,9 +100,7 @@ def projected_forward(dense: Any, tokens: Tensor, projections: list[Tensor], wid
 
 
 @pytest.mark.parametrize("slice_head", [True, False])
-def test_slicing_equals_projecting_in_the_dense_basis(
-    tiny: LoadedModel, calibration: Tensor, slice_head: bool
-) -> None:
+def test_slicing_equals_projecting_in_the_dense_basis(tiny: LoadedModel, calibration: Tensor, slice_head: bool) -> None:
     dense, width = exact(tiny.model), 30
     projections: list[Tensor] = []
     with torch.no_grad():

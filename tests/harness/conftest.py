@@ -44,7 +44,7 @@ def _spec(method: str = "flap", sparsity: float = 0.2, **changes: Any) -> RunSpe
 def _documents(spec: RunSpec, p_right: Mapping[str, float] | float = 0.5, num_documents: int = 50) -> pd.DataFrame:
     """Right or wrong answers; how hard a document is does not depend on the method, so runs correlate."""
     lines: list[dict[str, Any]] = []
-    answers = np.random.default_rng([*spec.method.encode(), round(100 * spec.sparsity), spec.seed])
+    answers = np.random.default_rng([3, *spec.method.encode(), round(100 * spec.sparsity), spec.seed])
     for name in spec.evaluation.tasks:
         leaves = [f"{name}_{subject}" for subject in SUBJECTS] if name == "mmlu" else [name]
         for leaf in leaves:

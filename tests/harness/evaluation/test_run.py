@@ -6,9 +6,10 @@ import math
 
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from harness.evaluation.run import COLUMNS, Evaluation, evaluate
-from harness.models import LoadedModel
 from harness.records import EvaluationSpec, Measure
 
 SPEC = EvaluationSpec(
@@ -22,8 +23,20 @@ SPEC = EvaluationSpec(
 
 
 @pytest.fixture(scope="module")
-def evaluation(smollm2: LoadedModel) -> Evaluation:
-    return evaluate(smollm2.model, smollm2.tokenizer, SPEC, batch_tokens=2048)
+def model() -> PreTrainedModel:
+    """A random model that reads the real documents letter by letter."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, initializer_range=0.3,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluation(model: PreTrainedModel, letters: PreTrainedTokenizerFast) -> Evaluation:
+    return evaluate(model, letters, SPEC, batch_tokens=2048)
 
 
 def named(evaluation: Evaluation, name: str) -> Measure:
@@ -79,11 +92,14 @@ def test_fingerprints_name_what_was_scored(evaluation: Evaluation) -> None:
 
 
 def test_batches_and_repetition_change_nothing_and_nothing_is_printed(
-    evaluation: Evaluation, smollm2: LoadedModel, capfd: pytest.CaptureFixture[str]
+    evaluation: Evaluation,
+    model: PreTrainedModel,
+    letters: PreTrainedTokenizerFast,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     seen: list[tuple[int, int]] = []
     spec = SPEC.model_copy(update={"tasks": ("piqa",), "heldout_tokens": 0})
-    again = evaluate(smollm2.model, smollm2.tokenizer, spec, batch_tokens=100, progress=lambda *step: seen.append(step))
+    again = evaluate(model, letters, spec, batch_tokens=100, progress=lambda *step: seen.append(step))
     assert capfd.readouterr() == ("", "")
     assert seen[-1][0] == seen[-1][1]
     assert [m.name for m in again.measures] == ["piqa/acc", "piqa/acc_norm"]
