@@ -10,10 +10,10 @@ compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu and not network"
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not gpu and not network"
 
 slow: $(INSTALLED)
-	$(BIN)/pytest -m "slow and not gpu and not network"
+	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

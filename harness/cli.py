@@ -30,7 +30,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        stderr.print(f"harness: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _complain(str(error))
         sys.exit(2)
 
 
@@ -90,11 +90,13 @@ def compare(
                 command=_command_line(),
             )
     except KeyboardInterrupt:
-        stderr.print("\nharness: stopped; finished runs are kept, and the same command goes on with the rest")
+        _complain("stopped; finished runs are kept, and the same command goes on with the rest")
         sys.exit(130)
     write_leaderboard(leaderboard, out / "latest")
     console.print(leaderboard.to_rich())
     console.print(f"{out / 'latest' / 'leaderboard.csv'} and leaderboard.md hold this table", highlight=False)
+    if (reason := leaderboard.why_nothing_ran) is not None:
+        raise UserError(reason)
     sys.exit(leaderboard.exit_code)
 
 
@@ -236,6 +238,10 @@ def texts() -> None:
 
     for name in known_corpora():
         console.print(name)
+
+
+def _complain(sentence: str) -> None:
+    stderr.print(f"harness: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _command_line() -> str:

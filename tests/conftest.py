@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers import (
 from harness.models import LoadedModel, load_model
 from harness.records import ModelRef
 
-torch.set_num_threads(2)
+# Two workers of pytest-xdist share two cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

@@ -87,6 +87,11 @@ class TrieScorer(HFLM):
             _last_requests[self.tokenizer] = known
         return self._loglikelihood_tokens(known[1])
 
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts in lm-eval's windows, without its progress bar."""
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return found
+
     def _encode(self, texts: Sequence[tuple[str, str]]) -> list[Request]:
         """As TemplateLM encodes them, but every distinct text once and all of them in one call."""
         parts = []

@@ -55,6 +55,7 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
     Raises:
         UserError: it cannot be reached, has no weights, or is not a model that can be pruned.
     """
+    require_device(device)
     folder = checkpoint_folder(ref)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors weights; pass a folder written by save_pretrained")
@@ -71,6 +72,19 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
         ) from error
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=weights_sha256(folder))
+
+
+def require_device(device: str) -> None:
+    """Check that torch can compute on a device.
+
+    Raises:
+        UserError: the name is no device, or there is no such device here.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); pass --device cpu") from error
 
 
 def checkpoint_folder(ref: ModelRef) -> Path:

@@ -47,6 +47,14 @@ class Leaderboard:
         """1 if any run of the table failed, else 0."""
         return int(any(row.status == "failed" for row in self.rows))
 
+    @property
+    def why_nothing_ran(self) -> str | None:
+        """Why no method could do what was asked, where that is so; None where one was scored or failed."""
+        competing = [row for row in self.rows if not row.is_reference]
+        if not competing or any(row.status != "unsupported" for row in competing):
+            return None
+        return competing[0].records[0].reason
+
     def to_csv(self, path: Path) -> None:
         """Write the numbers, atomically.
 

@@ -46,7 +46,7 @@ def _table(columns: Sequence[Column]) -> Table:
         table.add_column(
             _heading(column.heading, max(map(len, texts))),
             justify="left" if is_name else "right",
-            min_width=min(max(map(len, words)), _WIDEST_UNBROKEN) if column.part in ("name", "scores", "tasks") else None,
+            min_width=None if column.part == "size and cost" else min(max(map(len, words)), _WIDEST_UNBROKEN),
             overflow="fold",
         )
     blocks = list(zip(*(column.cells for column in columns if column.heading in ("model", "sparsity")), strict=True))

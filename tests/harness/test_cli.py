@@ -1,0 +1,200 @@
+"""The command line from end to end, on a tiny checkpoint with the real tokenizer and the real documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from harness.models import LoadedModel
+from harness.store import Store
+
+SMALL = [
+    "--limit",
+    "2",
+    "--mmlu-limit",
+    "1",
+    "--mmlu-shots",
+    "0",
+    "--heldout-tokens",
+    "64",
+    "--tasks",
+    "arc_easy,winogrande",
+]
+CALIBRATION = ["--calibration-samples", "4", "--calibration-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, smollm2: LoadedModel) -> Path:
+    """A random model with the embedded model's vocabulary, as a folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    smollm2.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def harness(*arguments: str, expect: int = 0) -> str:
+    environment = {**os.environ, "COLUMNS": "300"}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def compared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A results folder and what making it printed."""
+    out = tmp_path_factory.mktemp("results")
+    methods = ["--methods", "flap,slicegpt", "--sparsities", "0,0.02", "--basis", "non-embedding"]
+    shown = harness("compare", "--models", str(checkpoint), *methods, *SMALL, *CALIBRATION, "--out", str(out))
+    return out, shown
+
+
+def test_compare_ends_with_a_leaderboard_of_matched_sizes(compared: tuple[Path, str]) -> None:
+    out, shown = compared
+    table = pd.read_csv(out / "latest" / "leaderboard.csv")
+    leading = [
+        "model",
+        "method",
+        "target_sparsity",
+        "basis",
+        "sparsity_total",
+        "sparsity_non_embedding",
+        "params_total",
+    ]
+    assert list(table.columns[: len(leading)]) == leading
+    methods = table[table["method"] != "chance"]
+    assert list(methods["method"]).count("flap") == list(methods["method"]).count("slicegpt") == 2
+    flap = methods[(methods["method"] == "flap") & (methods["target_sparsity"] > 0)].iloc[0]
+    assert 0 <= 0.02 - flap["sparsity_non_embedding"] < 3 * 48 * 2 / 150_000
+    assert "Leaderboard" in shown
+    assert "To reproduce" in (out / "latest" / "leaderboard.md").read_text()
+
+
+def test_sparsity_zero_scores_as_dense_to_the_last_bit(compared: tuple[Path, str]) -> None:
+    store = Store(compared[0])
+    records = {(r.spec.method, r.spec.sparsity): r for r in store.records()}
+    dense = store.documents(records["dense", 0.0].spec.run_id)
+    for method in ("flap", "slicegpt"):
+        record = records[method, 0.0]
+        assert record.params_after == record.params_before
+        pd.testing.assert_frame_equal(store.documents(record.spec.run_id), dense)
+
+
+def test_every_method_was_given_the_same_calibration_tokens(compared: tuple[Path, str]) -> None:
+    hashes = {
+        r.provenance.calibration_sha256
+        for r in Store(compared[0]).records()
+        if r.provenance is not None and r.spec.method != "dense"
+    }
+    assert len(hashes) == 1
+    assert None not in hashes
+
+
+def test_a_second_comparison_runs_nothing_and_shows_the_same(compared: tuple[Path, str], checkpoint: Path) -> None:
+    out, _ = compared
+    before = (out / "latest" / "leaderboard.csv").read_text()
+    methods = ["--methods", "flap,slicegpt", "--sparsities", "0,0.02", "--basis", "non-embedding"]
+    shown = harness("compare", "--models", str(checkpoint), *methods, *SMALL, *CALIBRATION, "--out", str(out))
+    assert "5 runs, 5 of them done before" in shown
+    assert (out / "latest" / "leaderboard.csv").read_text() == before
+
+
+def test_report_rebuilds_the_table_from_records_alone(compared: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = compared
+    harness("report", str(out), "--out", str(tmp_path), "--pairs")
+    assert (tmp_path / "leaderboard.csv").read_text() == (out / "latest" / "leaderboard.csv").read_text()
+
+
+def test_a_track_can_be_repeated_by_hand(compared: tuple[Path, str], tmp_path: Path) -> None:
+    track = next((compared[0] / "tracks").glob("*flap*.json"))
+    values = {**json.loads(track.read_text()), "out": str(tmp_path / "again")}
+    copy = tmp_path / "track.json"
+    copy.write_text(json.dumps(values))
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.runner", str(copy)], capture_output=True, text=True, check=True
+    )
+    assert [json.loads(line).get("text") for line in done.stdout.splitlines()].count("ok") == 2
+    for record in Store(tmp_path / "again").records():
+        first = Store(compared[0]).load(record.spec.run_id)
+        assert [m.value for m in record.measures] == pytest.approx([m.value for m in first.measures], rel=1e-6)
+
+
+def test_prune_saves_a_folder_that_loads_and_evaluates(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    arguments = ["--method", "flap", "--sparsity", "0.02", "--model", str(checkpoint), *CALIBRATION]
+    assert "PrunedLlamaForCausalLM" in harness("prune", *arguments, "--out", str(out))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.model.layers[0].mlp.down_proj.bias is not None
+    measures = tmp_path / "measures.json"
+    harness("evaluate", str(out), *SMALL, "--json", str(measures))
+    assert {m["name"] for m in json.loads(measures.read_text())} >= {"arc_easy/acc_norm", "winogrande/acc"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--methods", "flapp"], "unknown method 'flapp'; did you mean 'flap'?"),
+        (["compare", "--sparsities", "1.5"], "sparsity 1.5 is not in [0, 1)"),
+        (["compare", "--limit", "0"], "limit = 0 is not allowed"),
+        (["prune", "--method", "flap", "--sparsity", "0.2", "--out", "tests"], "tests exists already"),
+        (["evaluate", "harness"], "has no config.json"),
+        (["evaluate", "smollm2-135m", "--device", "cuda:7"], "device 'cuda:7' cannot be used here"),
+        (["report", "docs"], "no runs in docs"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str) -> None:
+    shown = harness(*arguments, expect=2)
+    assert message in shown
+    assert "Traceback" not in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_an_unreachable_sparsity_says_the_largest(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--method", "magnitude", "--sparsity", "0.9", "--model", str(checkpoint), "--out", str(tmp_path / "m")]
+    assert "the largest sparsity it reaches is 0.0" in harness("prune", *arguments, expect=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_calibration_text_stops_the_comparison(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Too short.")
+    arguments = ["--models", str(checkpoint), "--methods", "flap", "--calibration", str(text), *SMALL]
+    shown = harness("compare", *arguments, "--out", str(tmp_path / "results"), expect=2)
+    assert "has 4 tokens of the" in shown
+    assert [r.spec.method for r in Store(tmp_path / "results").records()] == ["dense"]
+
+
+def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--models", str(checkpoint), "--methods", "magnitude", "--sparsities", "0.01,0.02,0.03", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness.cli", "compare", *arguments, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    store = Store(tmp_path)
+    deadline = time.monotonic() + 120
+    while not store.run_ids() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "the same command goes on with the rest" in shown
+    assert all(record.status == "ok" for record in store.records())
