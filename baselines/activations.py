@@ -38,7 +38,7 @@ class InputStatistics:
         mean_BC = inputs.mean(1, keepdim=True)
         within_BC = (inputs - mean_BC).square_().sum(1).double()
         mean_BC = mean_BC.squeeze(1).double()
-        index_B1 = torch.arange(self.num_sequences + 1, self.num_sequences + num_new + 1, device=inputs.device)[:, None]
+        index_B1 = self.num_sequences + torch.arange(1, num_new + 1, dtype=torch.float64, device=inputs.device)[:, None]
         running_BC = (self.mean * self.num_sequences + mean_BC.cumsum(0)) / index_B1
         before_BC = torch.cat((self.mean.expand_as(mean_BC[:1]), running_BC[:-1]))
         # S_n, the squared deviations of sequence n from the mean over sequences 1 .. n.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.importance import TAYLOR, Criterion, Grouping, QueryFold, channel_scores, unit_scores
+from baselines.next_token_loss import next_token_loss
 from harness.structure import CoupledGroup, ModelStructure
 
 Moments = Literal["gradient", "squared", "both"]
@@ -29,9 +30,6 @@ asked for); both may be overwritten."""
 
 LayerObserver = Callable[[int, Tensor, Tensor], None]
 """Called in every micro-batch with layer index and the layer's input and output residual stream [B, T, H]."""
-
-LOGIT_TOKENS = 128
-"""Tokens whose logits exist at the same time; 25 MB at a vocabulary of 49,152. More is no faster."""
 
 
 def unit_gradient_scores(
@@ -198,47 +196,10 @@ def _forward_backward(model: Any, batch_BT: Tensor, weight_B: Tensor, bfloat16: 
         predicting = hidden[:, :-1].flatten(0, 1).to(torch.bfloat16 if bfloat16 else hidden.dtype)
         weights = weight_B.repeat_interleave(batch_BT.shape[1] - 1)
         targets = batch_BT[:, 1:].flatten()
-        loss, plain = _NextTokenLoss.apply(predicting, head_VH.to(predicting.dtype), targets, weights)  # type: ignore[no-untyped-call]
+        loss, plain = next_token_loss(predicting, head_VH.to(predicting.dtype), targets, weights)
     if loss.requires_grad:
-        loss.backward()
+        torch.autograd.backward(loss)
     return float(plain)
-
-
-class _NextTokenLoss(torch.autograd.Function):
-    """Weighted cross-entropy of the head's predictions, whose logits live only a few tokens at a time.
-
-    The gradient of the hidden states is made in the forward pass, where the logits are at hand. The head's own weight
-    gets none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, weight_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gradient_NH = torch.empty_like(hidden_NH)
-        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        plain = torch.zeros_like(loss)
-        for start in range(0, hidden_NH.shape[0], LOGIT_TOKENS):
-            part = slice(start, start + LOGIT_TOKENS)
-            logits = (hidden_NH[part] @ head_VH.T).to(wide)
-            target, weight = target_N[part, None], weight_N[part].to(wide)
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            nats = (normaliser - logits.gather(1, target)).squeeze(1)
-            loss += (nats * weight).sum()
-            plain += nats.sum()
-            slope = logits.sub_(normaliser).exp_()
-            slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
-            slope.mul_(weight[:, None])
-            torch.mm(slope.to(head_VH.dtype), head_VH, out=gradient_NH[part])
-        ctx.save_for_backward(gradient_NH)
-        ctx.mark_non_differentiable(plain)
-        return loss, plain
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * slopes[0].to(gradient_NH.dtype), None, None, None
 
 
 @dataclass

@@ -41,7 +41,7 @@ def keep_ratio(group: CoupledGroup, scores_U: Tensor, ratio: float, head_dim: in
     """Units of a group left when it loses ``ratio`` of its channels, at least one; sorted int64 indices.
 
     Kept are int(C (1 - ratio)) of C channels. A kv head has head_dim channels (rows of k_proj) and leaves when that
-    many are due: with three heads nothing leaves below a third.
+    many are due: with three heads none leaves before about a third.
 
     Source: LLM-Pruner (arXiv:2305.11627), its published code.
     """

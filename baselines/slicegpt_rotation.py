@@ -26,7 +26,7 @@ MOMENTS_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class Sublayer:
-    """Half of a decoder layer: the linear maps that read the residual stream through a norm, and the one that writes."""
+    """Half of a decoder layer: linear maps that read the residual stream through a norm, and the one that writes."""
 
     module: str
     norm: str
@@ -73,12 +73,11 @@ def principal_axes(moments: Tensor, damping: float) -> PrincipalAxes:
             of tokens.
         damping: multiple of the mean diagonal that is added to the diagonal; it moves no axis.
 
-    Source: SliceGPT (arXiv:2401.15024), section 3.3, eq. 7; the damping is the published code's.
+    Source: SliceGPT (arXiv:2401.15024), section 3.3; the damping is the published code's.
     """
     shift = damping * moments.diagonal().mean()
-    energies, axes = torch.linalg.eigh(
-        moments + shift * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    )
+    damped = moments + torch.diag(shift.expand(len(moments)))
+    energies, axes = torch.linalg.eigh(damped, UPLO="L")
     return PrincipalAxes(axes.flip(1), energies.flip(0) - shift)
 
 
@@ -89,7 +88,7 @@ def fused(weight: Tensor, norm: nn.Module) -> Tensor:
     Differs: one product rounded once has the same bits as the published detour through float64.
     """
     precise = _precise(weight.dtype)
-    return weight.to(precise) * norm.weight.to(precise)  # type: ignore[operator, arg-type]
+    return weight.to(precise) * norm.weight.to(precise)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Slicer:
         block runs once: in the basis Q of a sublayer's input its output's signal is s = [u, 0] + f(norm u), with u the
         kept coordinates of the input, and cutting that signal is a projection of s, whatever f was.
 
-        Source: SliceGPT (arXiv:2401.15024), section 3.3 and figure 4.
+        Source: SliceGPT (arXiv:2401.15024), sections 3.3 and 3.4.
         """
         whole = self.model.config.hidden_size
         stream = _Stream(self, width)
@@ -153,7 +152,7 @@ class Slicer:
     def micro_batches(self) -> tuple[Tensor, ...]:
         """The calibration tokens on the model's device, [n, T] each."""
         rows = max(1, MICRO_BATCH_TOKENS // self.calibration.shape[1])
-        return self.calibration.to(self.embedding.device).split(rows)
+        return torch.split(self.calibration.to(self.embedding.device), rows)
 
     @cached_property
     def attention_arguments(self) -> list[dict[str, Any]]:
@@ -205,7 +204,7 @@ class _Stream:
         return tensors, axes
 
     def _run(self, layer_idx: int, sublayer: Sublayer, parameters: dict[str, Tensor]) -> PrincipalAxes:
-        """Run a sublayer whose output is not cut yet, find the axes of the signal, turn the stream into them and cut."""
+        """Run a sublayer whose output is not cut yet; turn the stream into the axes of that signal and cut it."""
         config = self.slicer.model.config
         norm = SlicedRMSNorm(config.hidden_size, config.rms_norm_eps)
         module = getattr(self.slicer.model.model.layers[layer_idx], sublayer.module)
@@ -257,7 +256,8 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix drawn uniformly (Haar), float64 [size, size]."""
     Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     # Without the signs, the draw would follow the sign convention of the QR routine.
-    return Q * R.diagonal().sign()
+    rotation: Tensor = Q * R.diagonal().sign()
+    return rotation
 
 
 def _rotated(parameters: dict[str, Tensor], writer: str, basis: Tensor) -> dict[str, Tensor]:
@@ -269,7 +269,8 @@ def _rotated(parameters: dict[str, Tensor], writer: str, basis: Tensor) -> dict[
 def _left(basis: Tensor, tensor: Tensor) -> Tensor:
     """``basis``^T times ``tensor``, at least in float32."""
     precise = _precise(tensor.dtype)
-    return basis.T.to(tensor.device, precise) @ tensor.to(precise)
+    turned: Tensor = basis.T.to(tensor.device, precise) @ tensor.to(precise)
+    return turned
 
 
 def _right(tensor: Tensor, basis: Tensor) -> Tensor:

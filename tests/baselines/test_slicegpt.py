@@ -183,7 +183,7 @@ def test_targets_share_a_pass_and_do_not_touch_each_other(tiny: LoadedModel, cal
         assert pruned.knob == {"slicing_ratio": 1 - width / HIDDEN_SIZE, "residual_size": width}
         for name, tensor in alone.model.state_dict().items():
             assert torch.allclose(pruned.model.state_dict()[name].abs(), tensor.abs(), atol=1e-6)
-        assert 0 <= wanted.excess(count_parameters(pruned.model.named_parameters()))
+        assert wanted.excess(count_parameters(pruned.model.named_parameters())) >= 0
         assert len(json.loads(json.dumps(pruned.trace))["explained_variance"]) == 7
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -185,6 +186,29 @@ def test_texts_become_the_tokens_that_lm_eval_makes_of_them(
     lm = scorer(smollm2.model, smollm2.tokenizer)
     monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: list(requests))
     assert lm.loglikelihood(instances) == TemplateLM.loglikelihood(lm, instances, disable_tqdm=True)
+
+
+def test_whole_texts_score_as_in_stock_lm_eval(
+    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny("qwen2").model
+    instances = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(["A text. " * 9, "Short."])]
+    lm = scorer(model, letters, max_length=20)
+    found = lm.loglikelihood_rolling(instances)
+    assert capfd.readouterr() == ("", "")
+    with quiet():
+        expected = HFLM(pretrained=model, tokenizer=letters, max_length=20).loglikelihood_rolling(instances, True)
+    assert found == pytest.approx(expected, abs=1e-8)
+
+
+def test_bfloat16_models_score_close_to_float32_ones(
+    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast
+) -> None:
+    exact = scorer(make_tiny("grouped-query", torch.float32).model, letters)._loglikelihood_tokens(questions())
+    lm = scorer(make_tiny("grouped-query", torch.bfloat16).model, letters)
+    rough = lm._loglikelihood_tokens(questions())
+    assert lm.why_not_fast is None
+    np.testing.assert_allclose([ll for ll, _ in rough], [ll for ll, _ in exact], rtol=0.05, atol=0.3)
 
 
 def test_models_with_one_tokenizer_share_the_encoding(
