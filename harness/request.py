@@ -23,6 +23,12 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 """How much is scored: quick fits a quarter of an hour on two cores, full is every document."""
 
+PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
+    # Each of some 25 steps runs forward and backward: on all sequences they would take half an hour.
+    "quick": {"adapt-pruner": {"samples_per_step": 8}},
+}
+"""Settings that a profile gives to methods, under those of the file and the flags; records and tables show them."""
+
 # Flags of `harness compare` that are not settings of the comparison itself, so a config file cannot hold them.
 NOT_IN_FILE = {"config", "set_", "force", "out"}
 
@@ -55,6 +61,9 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
             if key not in set(given):
                 settings[key] = value
     methods = _method_names(_listed(settings["methods"]))
+    for method, affordable in PROFILE_METHOD_PARAMS.get(str(settings["profile"]), {}).items():
+        if method in methods:
+            params[method] = {**affordable, **params.get(method, {})}
     for method, changed in _parsed_settings(settings["set_"]).items():
         params[method] = {**params.get(method, {}), **changed}
     for method, changed in params.items():

@@ -44,6 +44,13 @@ def test_defaults_compare_every_method_on_the_embedded_model() -> None:
     assert len(comparison.evaluation.tasks) == 8
 
 
+def test_quick_profile_keeps_adapt_pruners_steps_affordable_unless_told_otherwise() -> None:
+    assert comparison_from(FLAGS, (), None).method_params == {"adapt-pruner": {"samples_per_step": 8}}
+    told = {**FLAGS, "set_": ["adapt-pruner.samples_per_step=16"]}
+    assert comparison_from(told, {"set_"}, None).method_params["adapt-pruner"] == {"samples_per_step": 16}
+    assert comparison_from({**FLAGS, "profile": "standard"}, (), None).method_params == {}
+
+
 def test_dense_is_always_there_to_compare_with() -> None:
     assert comparison_from({**FLAGS, "methods": "flap"}, (), None).methods == ("dense", "flap")
 
