@@ -34,11 +34,11 @@ class AdaptPruner(PruningMethod):
 
     Source: Adapt-Pruner (arXiv:2502.03460), section 3.
     Differs:
-        - The last step ends at the target, with channels alone (``stop``): on SmolLM2-135M the published code, asked for
-          80% of the parameters, goes from 82% to 75% in one step. Held-out loss 5.29 at 80%, against 5.57 there; letting
+        - The last step ends at the target, with channels alone (``stop``). On SmolLM2-135M the published code, asked
+          for 80% of the parameters, goes from 82% to 75% in one step: held-out loss 5.57, against 5.29 at 80%; letting
           the heads go that fit (``last_heads="fit"``) gives 5.12.
-        - Query heads count for the kv head they leave with (``query_fold``), and distances as layer importance mean what
-          they say (``distance_sign``).
+        - Query heads count for the kv head they leave with (``query_fold``), and distances as layer importance mean
+          what they say (``distance_sign``).
         - Scores are float32 and not float16, and every layer keeps at least one kv head and one channel.
 
     ``stop="published"`` with ``query_fold="upstream"`` and ``distance_sign="published"`` gives the published code's
