@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,8 @@ Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 
 def main() -> None:
     """Run the command line; a UserError is one sentence and exit code 2."""
+    # Being told to end is like Ctrl-C: the process of the running track must not outlive this one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except UserError as error:

@@ -180,7 +180,10 @@ def test_too_little_calibration_text_stops_the_comparison(checkpoint: Path, tmp_
     assert [r.spec.method for r in Store(tmp_path / "results").records()] == ["dense"]
 
 
-def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(
+    checkpoint: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
     arguments = ["--models", str(checkpoint), "--methods", "magnitude", "--sparsities", "0.01,0.02,0.03", *SMALL]
     process = subprocess.Popen(
         [sys.executable, "-m", "harness.cli", "compare", *arguments, "--out", str(tmp_path)],
@@ -193,7 +196,7 @@ def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(che
     deadline = time.monotonic() + 120
     while not store.run_ids() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, stop)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     assert "the same command goes on with the rest" in shown
