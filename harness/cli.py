@@ -28,8 +28,9 @@ Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 
 def main() -> None:
     """Run the command line; a UserError is one sentence and exit code 2."""
-    # Being told to end is like Ctrl-C: the process of the running track must not outlive this one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Being told to end is like Ctrl-C, in the background too: the process of the running track must not outlive this one.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.default_int_handler)
     try:
         app()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ TINY: dict[str, Any] = {
 def tiny_model(shape: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model whose weights are large enough for its units to differ."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY[shape]).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY[shape])).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -94,7 +94,12 @@ def _meaning_of_sparsity(rows: Sequence[Row]) -> list[str]:
         "Sparsity is the share of the dense model's parameters that was removed, counted from the weights, a tied "
         f"tensor once; its basis is {meant}. The knob is the method's own setting that meets the target."
     )
-    return [text, *_ties(rows)]
+    shared = (
+        "The sparsities of a method share one pass: its seconds of pruning stand at the smallest, and at the others "
+        "what they took beyond it."
+    )
+    several = len({row.spec.sparsity for row in rows if not row.is_reference}) > 1
+    return [text, *([shared] if several else []), *_ties(rows)]
 
 
 def _ties(rows: Sequence[Row]) -> list[str]:

@@ -15,6 +15,8 @@ from harness.report.cells import Cell, Column
 
 _UNBOUNDED = 100_000
 _WIDEST_UNBROKEN = 30
+_NARROW_WORD = 6
+"""Letters of a task's name on one line where the window is narrow: numbers stay whole, names break."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +36,17 @@ class Tables:
             columns = [column for column in self.columns if column.part in ("name", part)]
             if any(column.part == part for column in columns):
                 yield Text(part, style="italic")
-                yield _table(columns)
+                yield _table(columns, _NARROW_WORD if part == "tasks" else _UNBOUNDED)
 
 
-def _table(columns: Sequence[Column]) -> Table:
+def _table(columns: Sequence[Column], longest_word: int = _UNBOUNDED) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         texts = [_compact(cell) for cell in column.cells]
         is_name = column.part == "name"
         words = texts if is_name else [word for text in texts for word in text.split(" ")]
         table.add_column(
-            _heading(column.heading, max(map(len, texts))),
+            _heading(column.heading, max(map(len, texts)), longest_word),
             justify="left" if is_name else "right",
             min_width=None if column.part == "size and cost" else min(max(map(len, words)), _WIDEST_UNBROKEN),
             overflow="fold",
@@ -57,10 +59,11 @@ def _table(columns: Sequence[Column]) -> Table:
     return table
 
 
-def _heading(text: str, width: int) -> Text:
-    """Broken to the width of what stands below, as far as its words allow."""
+def _heading(text: str, width: int, longest_word: int) -> Text:
+    """Broken to the width of what stands below, as far as its words allow; words longer than allowed break too."""
     words = text.replace("_", " ").split()
-    return Text("\n".join(textwrap.wrap(" ".join(words), max(width, *(len(word) for word in words), 1))))
+    longest = min(max((len(word) for word in words), default=1), longest_word)
+    return Text("\n".join(textwrap.wrap(" ".join(words), max(width, longest))))
 
 
 def _compact(cell: Cell) -> str:

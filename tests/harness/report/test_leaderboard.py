@@ -335,7 +335,7 @@ def test_the_terminal_shows_every_cell_of_the_markdown_at_any_width(compared: St
     for column in leaderboard.columns:
         for cell in column.cells:
             for word in cell.text.replace(", ", ",").split():
-                assert word in text
+                assert word in text, text
     assert text.count("dense  ") >= (1 if width == 400 else 3)
 
 
