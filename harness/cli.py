@@ -28,7 +28,7 @@ Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 
 def main() -> None:
     """Run the command line; a UserError is one sentence and exit code 2."""
-    # Being told to end is like Ctrl-C, in the background too: the process of the running track must not outlive this one.
+    # Being told to end is like Ctrl-C, in the background too: the running track must not outlive this process.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.default_int_handler)
     try:
@@ -115,7 +115,7 @@ def report(
     from harness.report import build_leaderboard
     from harness.store import Store
 
-    leaderboard = build_leaderboard(Store(folder), command=_command_line())
+    leaderboard = build_leaderboard(Store(folder))
     write_leaderboard(leaderboard, out or folder / "latest")
     console.print(leaderboard.to_rich())
     if pairs:
