@@ -36,7 +36,9 @@ class LLMPruner(PruningMethod):
           layer.
         - Scores are float32, never float16, where 29% of A is zero.
         - A query head counts for the kv head it leaves with; the published code credits another one
-          (``query_fold="upstream"``), which moves kv head scores by up to 14%.
+          (``query_fold="upstream"``), which moves kv head scores by up to 14% and takes another head in 6 of SmolLM2's
+          layers 4..25. On one draw of 10 x 64 tokens its loss was lower by 0.07 at 20% and 0.36 at 40%, and equal or
+          0.05 lower over layers 4..27: right, but no better there.
         - Of every group one unit stays.
     """
 
@@ -57,7 +59,8 @@ class LLMPruner(PruningMethod):
     query_fold: QueryFold = "group"
     """``upstream`` reproduces the published grouped-query scores."""
     pass_dtype: Literal["weights", "bfloat16"] = "weights"
-    """Type the forward and backward pass computes in: the weights' own, or bfloat16 (faster, scores 1% off)."""
+    """Type the forward and backward pass computes in: the weights' own, or bfloat16 (on SmolLM2 at
+    the published 0.25 it keeps 99.5% of the same units and adds 0.007 to the loss)."""
 
     def why_unsupported(self, structure: ModelStructure) -> str | None:
         """Why the range of layers does not fit the model."""
