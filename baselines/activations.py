@@ -75,7 +75,7 @@ def input_statistics(
     modules: Sequence[str],
     calibration: Tensor,
     *,
-    micro_batch_tokens: int = 512,
+    micro_batch_tokens: int = 1024,
     bfloat16: bool = False,
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of ``modules`` while the blocks run over the calibration batch.

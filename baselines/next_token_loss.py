@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGIT_TOKENS = 128
-"""Tokens whose logits exist at the same time; 25 MB at a vocabulary of 49,152. More is no faster."""
+LOGIT_TOKENS = 256
+"""Tokens whose logits exist at the same time; 50 MB at a vocabulary of 49,152. More is hardly faster."""
 
 
 def next_token_loss(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,16 +44,19 @@ class _NextTokenLoss(torch.autograd.Function):
         plain = torch.zeros_like(loss)
         for start in range(0, hidden_NH.shape[0], LOGIT_TOKENS):
             part = slice(start, start + LOGIT_TOKENS)
-            logits = (hidden_NH[part] @ head_VH.T).to(wide)
-            target, weight = target_N[part, None], weight_N[part].to(wide)
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            nats = (normaliser - logits.gather(1, target)).squeeze(1)
+            # Vocabulary first: both products run a fifth faster than with the tokens first.
+            logits_VN = (head_VH @ hidden_NH[part].T).to(wide)
+            target_1N, weight = target_N[None, part], weight_N[part].to(wide)
+            highest = logits_VN.amax(0)
+            chosen = logits_VN.gather(0, target_1N)[0] - highest
+            slope_VN = logits_VN.sub_(highest).exp_()
+            normaliser = slope_VN.sum(0)
+            nats = normaliser.log() - chosen
             loss += (nats * weight).sum()
             plain += nats.sum()
-            slope = logits.sub_(normaliser).exp_()
-            slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
-            slope.mul_(weight[:, None])
-            torch.mm(slope.to(head_VH.dtype), head_VH, out=gradient_NH[part])
+            slope_VN.mul_(weight / normaliser)
+            slope_VN.scatter_add_(0, target_1N, -weight[None])
+            torch.mm(slope_VN.T.to(head_VH.dtype), head_VH, out=gradient_NH[part])
         ctx.save_for_backward(gradient_NH)
         ctx.mark_non_differentiable(plain)
         return loss, plain
