@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: compare test check slow clean
+.PHONY: compare test check slow verify clean
 
 compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not gpu and not network"
+
+verify: $(INSTALLED)
+	$(BIN)/harness verify --out docs/fidelity.md
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network"

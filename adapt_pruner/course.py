@@ -86,16 +86,18 @@ class Step:
     """For the trace: ``layer_importance`` and ``loss``, None where they were not needed."""
 
 
-def observe_layers(model: Any, tokens: Tensor, importance: LayerImportance) -> None:
+def observe_layers(model: Any, tokens: Tensor, importance: LayerImportance, *, bfloat16: bool = False) -> None:
     """Run the decoder layers alone, without head or gradient, for their importances.
 
     Args:
         model: a causal language model.
         tokens: ids, int64 [num_samples, num_tokens].
         importance: fed with every layer's input and output.
+        bfloat16: let the matrix products run in bfloat16.
     """
     rows = max(FORWARD_TOKENS // tokens.shape[1], 1)
-    with torch.no_grad(), layers_observed(model, importance.observe):
+    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16)
+    with torch.no_grad(), autocast, layers_observed(model, importance.observe):
         for start in range(0, tokens.shape[0], rows):
             model.model(input_ids=tokens[start : start + rows], use_cache=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,11 +17,11 @@ from baselines.gradients import unit_gradient_scores
 from baselines.importance import TAYLOR, Criterion, QueryFold
 from harness.budget import ParameterTarget, unreachable
 from harness.errors import UserError
-from harness.method import LoadedModel, PrunedModel, PruningMethod
+from harness.method import LoadedModel, PrunedModel, ReimplementedMethod
 from harness.structure import ModelStructure, removed_params
 
 
-class AdaptPruner(PruningMethod):
+class AdaptPruner(ReimplementedMethod):
     """Adaptive layer-wise structural pruning in at most T steps.
 
     Each step runs the calibration tokens once through the model as it is, forward and backward; that pass gives the
@@ -40,13 +40,23 @@ class AdaptPruner(PruningMethod):
         - Query heads count for the kv head they leave with (``query_fold``), and distances as layer importance mean
           what they say (``distance_sign``).
         - Scores are float32 and not float16, and every layer keeps at least one kv head and one channel.
-
-    ``stop="published"`` with ``query_fold="upstream"`` and ``distance_sign="published"`` gives the published code's
-    result.
     """
 
     name: ClassVar[str] = "adapt-pruner"
     paper: ClassVar[str] = "arXiv:2502.03460"
+    published: ClassVar[Mapping[str, JsonValue]] = {
+        "stop": "published",
+        "query_fold": "upstream",
+        "distance_sign": "published",
+    }
+    variants: ClassVar[tuple[Mapping[str, JsonValue], ...]] = (
+        {"stop": "published"},
+        {"query_fold": "upstream"},
+        {"last_heads": "fit"},
+        {"layer_importance": "manhattan"},
+        {"layer_importance": "manhattan", "distance_sign": "published"},
+        {"pass_dtype": "bfloat16"},
+    )
 
     max_steps: Annotated[int, Field(ge=1)] = 50
     """T: steps from the dense model to (almost) nothing, so that a step's mean share is 1/T."""
@@ -70,6 +80,8 @@ class AdaptPruner(PruningMethod):
     """``published`` stops after the step that falls below the target, by up to 7% of the model where heads leave."""
     last_heads: Literal["keep", "fit"] = "keep"
     """Of the kv heads that an overshooting step wants to remove: all stay, or the lowest-scored that fit leave."""
+    pass_dtype: Literal["weights", "bfloat16"] = "weights"
+    """Type the forward and backward passes compute in: the weights' own, or bfloat16."""
 
     def prune(
         self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int
@@ -92,6 +104,10 @@ class AdaptPruner(PruningMethod):
                 position, step = position.after(step.plan, step), None
             ended = position if step is None else self.end_at(target, position, step, calibration, seed)
             yield _answer(ended)
+
+    def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:
+        """One model at a sparsity of all parameters: the published code's knob is a number of parameters too."""
+        return next(self.prune(loaded, calibration, [ParameterTarget(knob, "total", loaded.params)], seed))
 
     def look(self, position: Position, calibration: Tensor, seed: int, target: ParameterTarget) -> Step:
         """Run the calibration tokens through the model as it is, and find the next step.
@@ -118,6 +134,7 @@ class AdaptPruner(PruningMethod):
             self.importance,
             fold=self.query_fold,
             mean_over=self.mini_batch if self.importance in ("param_first", "vectorize") else None,
+            bfloat16=self.pass_dtype == "bfloat16",
             on_layer=layers.observe if self.adaptive else None,
             on_loss=lambda loss: told.update(loss=loss),
         )
@@ -125,7 +142,7 @@ class AdaptPruner(PruningMethod):
             state = position.state.uniform(self.max_steps)
         else:
             if self.importance not in TAYLOR:
-                observe_layers(position.model, tokens, layers)
+                observe_layers(position.model, tokens, layers, bfloat16=self.pass_dtype == "bfloat16")
             told["layer_importance"] = layers.raw().tolist()
             state = position.state.adapted(normalised(layers), self.max_steps, self.amplitude)
         plan = whole_step(position.structure, widths_after(position.dense, state), scores)
@@ -186,4 +203,5 @@ def _answer(position: Position) -> PrunedModel:
         model=position.model,
         knob={"steps": float(position.state.steps), "mean_share": sum(shares) / len(shares)},
         trace={"steps": list(position.trace)},
+        kept=position.kept,
     )

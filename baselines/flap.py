@@ -13,18 +13,18 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import Tensor
 
 from baselines.activations import InputStatistics, input_statistics
 from baselines.ratio import Scores, keep_highest, meet_target, uniform_priority
 from harness.errors import UserError
-from harness.method import LoadedModel, ParameterTarget, PrunedModel, PruningMethod
+from harness.method import LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
 from harness.models import assemble
 from harness.structure import CoupledGroup, KeepPlan, ModelStructure, apply_plan
 
 
-class FLAP(PruningMethod):
+class FLAP(ReimplementedMethod):
     """FLAP with its adaptive structure search and bias compensation.
 
     Differs:
@@ -39,6 +39,14 @@ class FLAP(PruningMethod):
 
     name: ClassVar[str] = "flap"
     paper: ClassVar[str] = "arXiv:2312.11983"
+    published: ClassVar[Mapping[str, JsonValue]] = {"head_cost": "published"}
+    variants: ClassVar[tuple[Mapping[str, JsonValue], ...]] = (
+        {"head_cost": "published"},
+        {"fluctuation": "variance"},
+        {"square_attention": False},
+        {"bias_compensation": False},
+        {"pass_dtype": "bfloat16"},
+    )
 
     metric: Literal["wifv", "ifv", "wifn"] = "wifv"
     """Channel score: weighted fluctuation, plain fluctuation, or weighted norm (that of Wanda)."""
@@ -47,17 +55,21 @@ class FLAP(PruningMethod):
     heads, UM: the same ratio of both) share the removal."""
     fluctuation: Literal["published", "variance"] = "published"
     """``published`` is the published code's running update, which departs from the paper's sample ``variance``: the
-    first sequence counts for nothing and every other around the mean so far."""
+    first sequence counts for nothing and every other around the mean so far (SmolLM2 at ratio 0.2: 99.7% of the same
+    units stay, the loss differs by 0.002)."""
     square_attention: bool = True
-    """Square the o_proj metric once more, as the published code does and the paper does not say."""
+    """Square the o_proj metric once more, as the published code does and the paper does not say (SmolLM2 at ratio
+    0.2: 85 of 90 kv heads stay with it, 75 without, the loss is 0.03 lower with it)."""
     bias_compensation: bool = True
     """Put the mean of what was removed into the biases of o_proj and down_proj."""
     remove_heads: Annotated[int, Field(ge=0)] = 8
     """Attention units removed over all layers, in ``al_mm`` and ``ul_mm``; fewer where the ratio pays for fewer."""
-    head_cost: Annotated[float, Field(gt=0)] | None = None
-    """MLP channels that one attention unit costs in the competition of ``al_am``; None is exact."""
+    head_cost: Literal["published"] | Annotated[float, Field(gt=0)] | None = None
+    """MLP channels that one attention unit costs in the competition of ``al_am``; None is exact, ``published`` the
+    published code's 4 D / 3, truncated."""
     pass_dtype: Literal["weights", "bfloat16"] = "weights"
-    """Type the forward pass computes in: the weights' own, or bfloat16 (faster)."""
+    """Type the forward pass computes in: the weights' own, or bfloat16 (SmolLM2 at ratio 0.2: 0.6 of
+    the time, 99.9% of the same units, loss within 0.001)."""
 
     def prune(
         self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int
@@ -75,7 +87,13 @@ class FLAP(PruningMethod):
         for target in targets:
             plan_at = partial(self.plan_at, scores, structure)
             solved = meet_target(self.name, plan_at, structure, target, priority, added_params=added, min_channels=0)
-            yield PrunedModel(self.compress(loaded, solved.plan, statistics), solved.knob)
+            yield PrunedModel(self.compress(loaded, solved.plan, statistics), solved.knob, kept=solved.plan)
+
+    def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:
+        """One model at a pruning ratio, a fraction of the cost of all units; nothing is random."""
+        statistics = self.statistics(loaded, calibration)
+        plan = self.plan_at(self.scores(loaded.model, loaded.structure, statistics), loaded.structure, knob)
+        return PrunedModel(self.compress(loaded, plan, statistics), {"pruning_ratio": knob}, kept=plan)
 
     def statistics(self, loaded: LoadedModel, calibration: Tensor) -> dict[str, InputStatistics]:
         """Module name (every o_proj and down_proj with something to remove) -> statistics of its input.
@@ -175,6 +193,8 @@ class FLAP(PruningMethod):
         group = structure.by_name[name]
         if group.kind == "mlp_channel":
             return 1.0
+        if self.head_cost == "published":
+            return 4 * structure.head_dim // 3
         return self._exact_head_cost(structure) if self.head_cost is None else self.head_cost
 
     @staticmethod

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import Tensor
 
 from baselines.gradients import matrix_scores
 from baselines.importance import Criterion, Grouping, QueryFold, unit_scores
 from baselines.ratio import Scores, global_plan, meet_target, uniform_plan, uniform_priority
 from harness.errors import UserError
-from harness.method import LoadedModel, ParameterTarget, PrunedModel, PruningMethod
+from harness.method import LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
 from harness.models import remove_units
 from harness.structure import CoupledGroup, ModelStructure
 
@@ -27,7 +27,7 @@ KEPT_FIRST, KEPT_LAST, OF_LAYERS = 4, 2, 32
 """The published settings keep the first 4 and the last 2 of LLaMA-7B's 32 layers whole."""
 
 
-class LLMPruner(PruningMethod):
+class LLMPruner(ReimplementedMethod):
     """Block-wise LLM-Pruner, without its recovery training.
 
     Differs:
@@ -44,6 +44,8 @@ class LLMPruner(PruningMethod):
 
     name: ClassVar[str] = "llm-pruner"
     paper: ClassVar[str] = "arXiv:2305.11627"
+    published: ClassVar[Mapping[str, JsonValue]] = {"query_fold": "upstream"}
+    variants: ClassVar[tuple[Mapping[str, JsonValue], ...]] = ({"query_fold": "upstream"}, {"pass_dtype": "bfloat16"})
 
     importance: Criterion = "param_first"
     """Element-wise Taylor term (section 3.2): ``param_first``, ``param_second``, ``param_mix``; ``vectorize`` is its
@@ -85,7 +87,12 @@ class LLMPruner(PruningMethod):
             priority = {name: scores[name] for name in priority}
         for target in targets:
             solved = meet_target(self.name, partial(self.plan_at, scores, structure), structure, target, priority)
-            yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob)
+            yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
+
+    def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:
+        """One model at a pruning ratio; nothing is random."""
+        plan = self.plan_at(self.scores(loaded, calibration), loaded.structure, knob)
+        return PrunedModel(remove_units(loaded.model, loaded.structure, plan), {"pruning_ratio": knob}, kept=plan)
 
     def scores(self, loaded: LoadedModel, calibration: Tensor) -> dict[str, Tensor]:
         """Group name -> score per unit [num_units], for the groups in the range of layers.

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import Tensor
 
 from baselines.slicegpt_rotation import SUBLAYERS, Slicer, reorient
 from harness.budget import ParameterTarget, unreachable
-from harness.method import LoadedModel, PrunedModel, PruningMethod
+from harness.method import LoadedModel, PrunedModel, ReimplementedMethod
 from harness.models.assemble import PRUNED_CLASSES, assemble
 from harness.records import ParamCounts
 from harness.structure import ModelStructure, count_parameters
 
 
-class SliceGPT(PruningMethod):
+class SliceGPT(ReimplementedMethod):
     """Slice every matrix that touches the residual stream to one width d < h.
 
     The rotation costs two shortcut matrices a layer and a head of its own, so the slicing ratio 1 - d/h is far above
     the sparsity it gives: d is solved from the exact parameter count.
-
-    Fidelity: ``slice_head=False, subtract_embedding_mean=True`` is the published implementation.
     """
 
     name: ClassVar[str] = "slicegpt"
     paper: ClassVar[str] = "arXiv:2401.15024"
+    published: ClassVar[Mapping[str, JsonValue]] = {
+        "slice_head": False,
+        "subtract_embedding_mean": True,
+        "orientation": "random",
+    }
+    variants: ClassVar[tuple[Mapping[str, JsonValue], ...]] = (
+        {"slice_head": False},
+        {"subtract_embedding_mean": True},
+        {"orientation": "random"},
+    )
     tolerance: ClassVar[float] = 0.0025  # one column of the residual stream is the finest step
 
     slice_head: bool = True
@@ -60,16 +68,27 @@ class SliceGPT(PruningMethod):
         self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int
     ) -> Iterator[PrunedModel]:
         """One sliced model per target; each needs a pass of its own, for its signals come from sliced blocks."""
-        slicer = Slicer(loaded.model, calibration, self.slice_head, self.subtract_embedding_mean, self.damping)
+        slicer = self.slicer(loaded.model, calibration)
         for target in targets:
-            width = solve_width(loaded.model, target, self.slice_head)
-            sliced = slicer.to_width(width)
-            state = sliced.state
-            if self.orientation == "random":
-                state = reorient(state, loaded.structure.num_layers, torch.Generator().manual_seed(seed))
-            knob = {"slicing_ratio": 1 - width / loaded.structure.hidden_size, "residual_size": float(width)}
-            explained = [signal.explained(width) for signal in sliced.signals]
-            yield PrunedModel(assemble(loaded.model.config, state), knob, {"explained_variance": list(explained)})
+            yield self._sliced(loaded, slicer, solve_width(loaded.model, target, self.slice_head), seed)
+
+    def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:
+        """One model at a slicing ratio, the kept width rounded down to a multiple of 8 as the published code does."""
+        width = int((1 - knob) * loaded.structure.hidden_size) // 8 * 8
+        return self._sliced(loaded, self.slicer(loaded.model, calibration), width, seed)
+
+    def slicer(self, model: Any, calibration: Tensor) -> Slicer:
+        """The model and its tokens [N, T], ready to be cut to any width under these settings."""
+        return Slicer(model, calibration, self.slice_head, self.subtract_embedding_mean, self.damping)
+
+    def _sliced(self, loaded: LoadedModel, slicer: Slicer, width: int, seed: int) -> PrunedModel:
+        sliced = slicer.to_width(width)
+        state = sliced.state
+        if self.orientation == "random":
+            state = reorient(state, loaded.structure.num_layers, torch.Generator().manual_seed(seed))
+        knob = {"slicing_ratio": 1 - width / loaded.structure.hidden_size, "residual_size": float(width)}
+        explained = [signal.explained(width) for signal in sliced.signals]
+        return PrunedModel(assemble(loaded.model.config, state), knob, {"explained_variance": list(explained)})
 
 
 def solve_width(model: Any, target: ParameterTarget, slice_head: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -212,6 +213,33 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this method's 
         kind = str(info.annotation).replace("typing.", "")
         table.add_row(f"{name}.{field}", kind, str(info.default), info.description or "")
     console.print(table)
+
+
+@app.command()
+def verify(
+    methods: Annotated[str, typer.Option(help="Comma-separated methods with published figures, or `all`.")] = "all",
+    golden: Annotated[
+        Path | None, typer.Option(help="Folder of the figures; default a checkout's tests/golden.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the tables as a Markdown page.")] = None,
+) -> None:
+    """Repeat the runs of the published implementations with ours, and compare what comes out."""
+    from harness.fidelity.golden import CHECKOUT_FOLDER, Golden
+    from harness.fidelity.page import fidelity_page
+    from harness.fidelity.verify import verify as verify_methods
+    from harness.provenance import machine
+    from harness.registry import PUBLISHED_READERS
+    from harness.request import published_methods
+
+    figures = Golden(golden or CHECKOUT_FOLDER)
+    names = published_methods(methods, tuple(PUBLISHED_READERS))
+    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    results = list(verify_methods(names, figures, tell))
+    page = fidelity_page(results, machine())
+    if out is not None:
+        out.write_text(page)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1 if any(result.disagreements for result in results) else 0)
 
 
 @app.command()

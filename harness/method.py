@@ -12,9 +12,9 @@ from torch import Tensor
 
 from harness.budget import ParameterTarget
 from harness.models import LoadedModel
-from harness.structure import ModelStructure
+from harness.structure import KeepPlan, ModelStructure
 
-__all__ = ["LoadedModel", "ParameterTarget", "PrunedModel", "PruningMethod"]
+__all__ = ["LoadedModel", "ParameterTarget", "PrunedModel", "PruningMethod", "ReimplementedMethod"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class PrunedModel:
     """The method's own settings that met the target, such as ``{"slicing_ratio": 0.458}``."""
     trace: Mapping[str, JsonValue] = field(default_factory=dict)
     """What the method tells about its way there; JSON, shown in reports."""
+    kept: KeepPlan | None = None
+    """Units of the dense model that are left; None where the method removes something else than units."""
 
 
 class PruningMethod(BaseModel, ABC):
@@ -68,4 +70,26 @@ class PruningMethod(BaseModel, ABC):
 
         Raises:
             UnreachableSparsityError: the model has less to give than a target asks.
+        """
+
+
+class ReimplementedMethod(PruningMethod):
+    """A method that others published with code of their own, which ours can be held against (``harness verify``)."""
+
+    published: ClassVar[Mapping[str, JsonValue]]
+    """Fidelity mode: the settings, where they are not the defaults, under which the published code's result comes out;
+    each of them is a departure of ours, explained under ``Differs:``."""
+    variants: ClassVar[tuple[Mapping[str, JsonValue], ...]]
+    """Settings whose effect on size, units and loss ``harness verify`` measures beside the defaults: every departure,
+    and choices that the paper leaves open."""
+
+    @abstractmethod
+    def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:
+        """One model at the published code's own knob, wherever that ends in parameters.
+
+        Args:
+            loaded: the dense model.
+            calibration: token ids, int64 [num_samples, num_tokens].
+            knob: the ratio that the published code is called with, in (0, 1).
+            seed: for every random choice.
         """

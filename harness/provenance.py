@@ -34,6 +34,12 @@ def provenance(
     )
 
 
+def machine() -> str:
+    """Processor threads and versions in a line, for pages of figures."""
+    versions = ", ".join(f"{name} {found}" for name in ("torch", "transformers") if (found := _version(name)))
+    return f"{torch.get_num_threads()} CPU threads, {versions}, commit {_commit() or 'unknown'}"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -11,7 +11,12 @@ from pydantic import JsonValue, ValidationError
 from harness.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
     from harness.method import PruningMethod
+    from harness.published import PublishedCase
+
+    PublishedReader = Callable[[Mapping[str, Any], int], Iterator[PublishedCase]]
 
 # Name -> where the class is. Strings, so that listing names imports no torch.
 METHODS: dict[str, str] = {
@@ -22,6 +27,14 @@ METHODS: dict[str, str] = {
     "flap": "baselines.flap:FLAP",
     "slicegpt": "baselines.slicegpt:SliceGPT",
     "adapt-pruner": "adapt_pruner:AdaptPruner",
+}
+
+# Method -> what reads the figures measured on its published implementation.
+PUBLISHED_READERS: dict[str, str] = {
+    "llm-pruner": "baselines.published:llm_pruner_cases",
+    "flap": "baselines.published:flap_cases",
+    "slicegpt": "baselines.published:slicegpt_cases",
+    "adapt-pruner": "adapt_pruner.published:adapt_pruner_cases",
 }
 
 PLUGIN_GROUP = "harness.methods"
@@ -54,9 +67,20 @@ def method_class(name: str) -> type[PruningMethod]:
     known = known_methods()
     if name not in known:
         raise unknown_name("method", name, known, "harness methods")
-    module, _, attribute = known[name].partition(":")
-    loaded: type[PruningMethod] = getattr(importlib.import_module(module), attribute)
+    loaded: type[PruningMethod] = _imported(known[name])
     return loaded
+
+
+def published_reader(name: str) -> PublishedReader:
+    """What turns a golden file's content, and the dense model's intermediate size, into published cases.
+
+    Raises:
+        UserError: no figures of that method's published implementation are known.
+    """
+    if name not in PUBLISHED_READERS:
+        raise unknown_name("method with published figures", name, PUBLISHED_READERS, "harness verify --help")
+    reader: PublishedReader = _imported(PUBLISHED_READERS[name])
+    return reader
 
 
 def build_method(name: str, params: dict[str, JsonValue] | None = None) -> PruningMethod:
@@ -80,6 +104,11 @@ def build_method(name: str, params: dict[str, JsonValue] | None = None) -> Pruni
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{name}.{field} = {first['input']!r} is not allowed: {first['msg'].lower()}") from error
+
+
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _as_any(params: dict[str, JsonValue]) -> dict[str, Any]:

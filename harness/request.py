@@ -185,6 +185,18 @@ def one_of(what: str, value: str, allowed: tuple[Text, ...]) -> Text:
     raise UserError(f"{what} {value!r} is not known; pass one of {', '.join(allowed)}")
 
 
+def published_methods(names: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the methods with published figures that are named, or all of them.
+
+    Raises:
+        UserError: a name is not one of them.
+    """
+    listed = _listed(names)
+    if listed == ["all"]:
+        return known
+    return tuple(one_of("method with published figures", name, known) for name in listed)
+
+
 def _refused(what: str, error: ValidationError) -> UserError:
     first = error.errors()[0]
     return UserError(f"{what}: {first['loc'][0]} = {first['input']!r} is not allowed; {first['msg'].lower()}")

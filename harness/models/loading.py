@@ -87,6 +87,21 @@ def require_device(device: str) -> None:
         raise UserError(f"device {device!r} cannot be used here ({reason}); pass --device cpu") from error
 
 
+def fast_dtype(device: str) -> Dtype:
+    """bfloat16 where a device multiplies it in hardware, else float32.
+
+    Raises:
+        UserError: the device cannot be used here.
+    """
+    require_device(device)
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere
+    else:
+        # Without these instructions bfloat16 is converted to float32 and back for every product.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
 def checkpoint_folder(ref: ModelRef) -> Path:
     """The local folder of a checkpoint, converted or downloaded first where necessary.
 

@@ -62,7 +62,7 @@ def tokens(name: str) -> Tensor:
 @cache
 def walk(case: str, max_steps: int | None = None) -> Walk:
     loaded = load_model(ModelRef(name="smollm2-135m"))
-    method = AdaptPruner(stop="published", query_fold="upstream", distance_sign="published", **SETTINGS[case])  # type: ignore[arg-type]
+    method = AdaptPruner(**AdaptPruner.published, **SETTINGS[case])  # type: ignore[arg-type]
     target = ParameterTarget(sparsity=0.2, basis="total", dense=loaded.params)
     calibration = tokens("calibration_tokens.npy")[:16, :64]
     position = Position.start(loaded.model, loaded.structure)

@@ -1,58 +1,46 @@
-"""The real model's multi-head twin and the held-out loss that the golden figures were measured with."""
+"""The figures measured on published implementations, read as `harness verify` reads them."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
-from harness.models import LoadedModel, assemble
+from harness.fidelity.golden import CHECKOUT_FOLDER, Golden
+from harness.fidelity.replay import heldout_loss as golden_loss
+from harness.fidelity.replay import reimplemented, settings_of
+from harness.method import ReimplementedMethod
+from harness.models import LoadedModel
+from harness.published import PublishedCase
 
-FOLDER = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture(scope="session")
-def golden_tokens() -> Callable[[str, int, int], Tensor]:
-    """First rows and columns of the fixed token ids: ``golden_tokens("calibration", 10, 64)``."""
-
-    def read(name: str, rows: int, columns: int) -> Tensor:
-        return torch.from_numpy(np.load(FOLDER / f"{name}_tokens.npy")[:rows, :columns]).long()
-
-    return read
+GOLDEN = Golden(CHECKOUT_FOLDER)
 
 
 @pytest.fixture(scope="session")
-def heldout_loss(golden_tokens: Callable[[str, int, int], Tensor]) -> Callable[[Any], float]:
+def golden_tokens() -> Callable[[int, int], Tensor]:
+    """First rows and columns of the fixed calibration token ids."""
+    return lambda rows, columns: GOLDEN.calibration((rows, columns))
+
+
+@pytest.fixture(scope="session")
+def heldout_loss() -> Callable[[Any], float]:
     """Mean loss over two batches of eight held-out sequences of 256 tokens."""
-    batches = golden_tokens("heldout", 16, 256).split(8)
-
-    @torch.inference_mode()
-    def loss(model: Any) -> float:
-        return float(np.mean([float(model(rows, labels=rows).loss) for rows in batches]))
-
-    return loss
+    return lambda model: golden_loss(model, GOLDEN)
 
 
 @pytest.fixture(scope="session")
-def multi_head_twin() -> Callable[[LoadedModel], LoadedModel]:
-    """The same function with every kv head repeated for each of its query heads."""
+def published_cases(smollm2: LoadedModel) -> Callable[[str], dict[str, PublishedCase]]:
+    """The published cases of a method, by name."""
+    return lambda method: {case.name: case for case in GOLDEN.cases(method, smollm2.structure)}
 
-    def expand(loaded: LoadedModel) -> LoadedModel:
-        config = copy.deepcopy(loaded.model.config)
-        repeats, size = loaded.structure.query_group_size, loaded.structure.head_dim
-        config.num_key_value_heads = config.num_attention_heads
-        state = {
-            name: weight.unflatten(0, (-1, size)).repeat_interleave(repeats, 0).flatten(0, 1)
-            if "k_proj" in name or "v_proj" in name
-            else weight
-            for name, weight in loaded.model.named_parameters()
-        }
-        return LoadedModel(assemble(config, state), loaded.tokenizer, "multi-head twin")
 
-    return expand
+@pytest.fixture(scope="session")
+def fidelity_mode(published_cases: Any) -> Callable[..., ReimplementedMethod]:
+    """The method as a case had it: ``fidelity_mode("flap", "alam_wifv_0.2")``, with changes where asked for."""
+
+    def build(method: str, case: str, **changes: Any) -> ReimplementedMethod:
+        return reimplemented(method, {**settings_of(published_cases(method)[case]), **changes})
+
+    return build

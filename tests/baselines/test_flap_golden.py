@@ -14,6 +14,7 @@ from torch import Tensor
 
 from baselines.activations import InputStatistics
 from baselines.flap import FLAP
+from harness.fidelity.replay import multi_head_expansion
 from harness.models import LoadedModel
 from harness.structure import KeepPlan, count_parameters
 
@@ -24,38 +25,24 @@ LOSS_TOLERANCE = 2e-3
 Statistics = dict[str, InputStatistics]
 
 
-def published(case: dict[str, Any], **changes: Any) -> FLAP:
-    """The fidelity mode: the published settings, with the cost of a head as the published code truncates it."""
-    settings = case["settings"]
-    return FLAP(
-        metric=settings["metrics"].lower(),
-        structure=settings["structure"].lower().replace("-", "_"),
-        remove_heads=settings["remove_heads"],
-        head_cost=case.get("head_cost_used"),
-        **changes,
-    )
-
-
 @pytest.fixture(scope="module")
-def loaded_for(
-    smollm2: LoadedModel, multi_head_twin: Callable[[LoadedModel], LoadedModel]
-) -> Callable[[str], LoadedModel]:
-    twin = multi_head_twin(smollm2)
+def loaded_for(smollm2: LoadedModel) -> Callable[[str], LoadedModel]:
+    twin = multi_head_expansion(smollm2)
     return lambda name: smollm2 if name == GROUPED else twin
 
 
 @pytest.fixture(scope="module")
-def statistics(smollm2: LoadedModel, golden_tokens: Callable[[str, int, int], Tensor]) -> Statistics:
+def statistics(smollm2: LoadedModel, golden_tokens: Callable[[int, int], Tensor]) -> Statistics:
     """Of one pass: repeating kv heads changes no input of o_proj or down_proj."""
-    return FLAP().statistics(smollm2, golden_tokens("calibration", 64, 128))
+    return FLAP().statistics(smollm2, golden_tokens(64, 128))
 
 
 @pytest.fixture(scope="module")
 def plan_of(
-    loaded_for: Callable[[str], LoadedModel], statistics: Statistics
+    loaded_for: Callable[[str], LoadedModel], statistics: Statistics, fidelity_mode: Any
 ) -> Callable[[str], tuple[dict[str, Tensor], KeepPlan]]:
     def plan(name: str) -> tuple[dict[str, Tensor], KeepPlan]:
-        method, loaded = published(CASES[name]), loaded_for(name)
+        method, loaded = fidelity_mode("flap", name), loaded_for(name)
         scores = method.scores(loaded.model, loaded.structure, statistics)
         return scores, method.plan_at(scores, loaded.structure, CASES[name]["settings"]["pruning_ratio"])
 
@@ -64,9 +51,9 @@ def plan_of(
 
 @pytest.mark.parametrize("name", CASES)
 def test_channel_metrics_are_the_published_ones(
-    name: str, loaded_for: Callable[[str], LoadedModel], statistics: Statistics
+    name: str, loaded_for: Callable[[str], LoadedModel], statistics: Statistics, fidelity_mode: Any
 ) -> None:
-    method, loaded = published(CASES[name]), loaded_for(name)
+    method, loaded = fidelity_mode("flap", name), loaded_for(name)
     for layer, figures in CASES[name]["metrics"].items():
         heads, channels = (loaded.structure.by_name[f"layers.{layer}.{kind}"] for kind in ("attention", "mlp"))
         attention = method.channel_metric(loaded.model, heads, statistics[f"model.layers.{layer}.self_attn.o_proj"])
@@ -88,7 +75,7 @@ def test_standardised_scores_are_the_published_ones(name: str, plan_of: Any) -> 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kept_units_and_counted_parameters_are_the_published_ones(
-    name: str, plan_of: Any, loaded_for: Callable[[str], LoadedModel], statistics: Statistics
+    name: str, plan_of: Any, loaded_for: Callable[[str], LoadedModel], statistics: Statistics, fidelity_mode: Any
 ) -> None:
     _, plan = plan_of(name)
     loaded = loaded_for(name)
@@ -97,7 +84,7 @@ def test_kept_units_and_counted_parameters_are_the_published_ones(
         removed = torch.tensor(figures["removed_mlp_channels"], dtype=torch.int64)
         assert torch.equal(plan[f"layers.{i}.mlp"], everything[~torch.isin(everything, removed)]), i
         assert plan[f"layers.{i}.attention"].tolist() == figures["kept_heads"], i
-    pruned = published(CASES[name]).compress(loaded, plan, statistics)
+    pruned = fidelity_mode("flap", name).compress(loaded, plan, statistics)
     if name == GROUPED:
         expected = CASES[name]["params_after_in_gqa_form"]["total_excl_bias"] + CASES[name]["params_after"]["bias"]
     else:
@@ -107,9 +94,9 @@ def test_kept_units_and_counted_parameters_are_the_published_ones(
 
 @pytest.mark.parametrize("name", CASES)
 def test_biases_have_the_published_norms(
-    name: str, plan_of: Any, loaded_for: Callable[[str], LoadedModel], statistics: Statistics
+    name: str, plan_of: Any, loaded_for: Callable[[str], LoadedModel], statistics: Statistics, fidelity_mode: Any
 ) -> None:
-    pruned = published(CASES[name]).compress(loaded_for(name), plan_of(name)[1], statistics)
+    pruned = fidelity_mode("flap", name).compress(loaded_for(name), plan_of(name)[1], statistics)
     for i, figures in CASES[name]["bias_norm"].items():
         layer = pruned.model.layers[int(i)]
         assert float(layer.self_attn.o_proj.bias.norm()) == pytest.approx(figures["o_proj"], rel=1e-4), i
@@ -117,9 +104,9 @@ def test_biases_have_the_published_norms(
 
 
 def test_heldout_loss_of_grouped_query_pruning_is_the_derived_one(
-    plan_of: Any, smollm2: LoadedModel, statistics: Statistics, heldout_loss: Callable[[Any], float]
+    plan_of: Any, smollm2: LoadedModel, statistics: Statistics, heldout_loss: Callable[[Any], float], fidelity_mode: Any
 ) -> None:
-    pruned = published(CASES[GROUPED]).compress(smollm2, plan_of(GROUPED)[1], statistics)
+    pruned = fidelity_mode("flap", GROUPED).compress(smollm2, plan_of(GROUPED)[1], statistics)
     assert heldout_loss(pruned) == pytest.approx(CASES[GROUPED]["eval_nll"], abs=LOSS_TOLERANCE)
 
 
@@ -134,17 +121,18 @@ def test_heldout_loss_is_the_published_one_with_and_without_compensation(
     loaded_for: Callable[[str], LoadedModel],
     statistics: Statistics,
     heldout_loss: Callable[[Any], float],
+    fidelity_mode: Any,
 ) -> None:
-    method = published(CASES[name], bias_compensation=compensated)
+    method = fidelity_mode("flap", name, bias_compensation=compensated)
     pruned = method.compress(loaded_for(name), plan_of(name)[1], statistics)
     assert heldout_loss(pruned) == pytest.approx(CASES[name][key], abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.slow
 def test_the_multi_head_twin_gives_the_same_statistics(
-    loaded_for: Callable[[str], LoadedModel], statistics: Statistics, golden_tokens: Callable[[str, int, int], Tensor]
+    loaded_for: Callable[[str], LoadedModel], statistics: Statistics, golden_tokens: Callable[[int, int], Tensor]
 ) -> None:
-    twin = FLAP().statistics(loaded_for("alam_wifv_0.2"), golden_tokens("calibration", 64, 128))
+    twin = FLAP().statistics(loaded_for("alam_wifv_0.2"), golden_tokens(64, 128))
     for module, expected in statistics.items():
         torch.testing.assert_close(
             twin[module].running_fluctuation, expected.running_fluctuation, rtol=1e-4, atol=0, msg=module

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baselines.gradients import matrix_scores
 from baselines.importance import Criterion
-from baselines.llm_pruner import LLMPruner
+from harness.fidelity.replay import multi_head_expansion
 from harness.models import LoadedModel, remove_units
 from harness.structure import KeepPlan, count_parameters
 
@@ -29,34 +29,18 @@ QUICK_LOSSES = ("case3_taylor_first_4_25_r25", "x6_taylor_first_max_4_25_r50")
 SLOW_LOSSES = tuple(name for name in CASES if name not in QUICK_LOSSES)
 
 
-def published(case: dict[str, Any]) -> LLMPruner:
-    """The fidelity mode: the published settings, with the published fold of query heads."""
-    settings = case["settings"]
-    first, end = settings["mlp_layers"]
-    taylor = settings["taylor"]
-    return LLMPruner(
-        importance=taylor or settings["pruner_type"],
-        grouping=settings["grouping_strategy"] if taylor else "sum",
-        first_layer=first,
-        last_layer=end - 1,
-        query_fold="upstream",
-    )
-
-
 @pytest.fixture(scope="module")
-def loaded_for(
-    smollm2: LoadedModel, multi_head_twin: Callable[[LoadedModel], LoadedModel]
-) -> Callable[[str], LoadedModel]:
-    twin = multi_head_twin(smollm2)
+def loaded_for(smollm2: LoadedModel) -> Callable[[str], LoadedModel]:
+    twin = multi_head_expansion(smollm2)
     return lambda case: twin if CASES[case]["model"].endswith("-mha") else smollm2
 
 
 @pytest.fixture(scope="module")
 def matrices_of(
-    loaded_for: Callable[[str], LoadedModel], golden_tokens: Callable[[str, int, int], Tensor]
+    loaded_for: Callable[[str], LoadedModel], golden_tokens: Callable[[int, int], Tensor], fidelity_mode: Any
 ) -> Callable[[str], dict[str, Tensor]]:
     """Channel scores of a case, from one pass per model and criterion: all layers serve the cases that rank fewer."""
-    tokens = golden_tokens("calibration", 10, 64)
+    tokens = golden_tokens(10, 64)
 
     @cache
     def gather(model_case: str, criterion: Criterion) -> dict[str, Tensor]:
@@ -65,17 +49,17 @@ def matrices_of(
 
     def matrices(name: str) -> dict[str, Tensor]:
         first_of_model = next(other for other in CASES if CASES[other]["model"] == CASES[name]["model"])
-        return gather(first_of_model, published(CASES[name]).importance)
+        return gather(first_of_model, fidelity_mode("llm-pruner", name).importance)
 
     return matrices
 
 
 @pytest.fixture(scope="module")
 def plan_of(
-    loaded_for: Callable[[str], LoadedModel], matrices_of: Callable[[str], dict[str, Tensor]]
+    loaded_for: Callable[[str], LoadedModel], matrices_of: Callable[[str], dict[str, Tensor]], fidelity_mode: Any
 ) -> Callable[[str], tuple[dict[str, Tensor], KeepPlan]]:
     def plan(name: str) -> tuple[dict[str, Tensor], KeepPlan]:
-        method, structure = published(CASES[name]), loaded_for(name).structure
+        method, structure = fidelity_mode("llm-pruner", name), loaded_for(name).structure
         scores = method.combined(matrices_of(name), structure)
         return scores, method.plan_at(scores, structure, CASES[name]["settings"]["pruning_ratio"])
 
@@ -128,12 +112,12 @@ def test_heldout_loss_of_every_other_case_is_the_published_one(
 
 
 def test_crediting_a_query_head_to_the_kv_head_it_leaves_with_changes_which_heads_leave(
-    smollm2: LoadedModel, matrices_of: Callable[[str], dict[str, Tensor]]
+    smollm2: LoadedModel, matrices_of: Callable[[str], dict[str, Tensor]], fidelity_mode: Any
 ) -> None:
     case = "case3_taylor_first_4_25_r25"
     heads = {}
     for fold in ("group", "upstream"):
-        method = published(CASES[case]).model_copy(update={"query_fold": fold})
+        method = fidelity_mode("llm-pruner", case, query_fold=fold)
         scores = method.combined(matrices_of(case), smollm2.structure)
         heads[fold] = [int(scores[f"layers.{layer}.attention"].argmin()) for layer in range(4, 26)]
     assert sum(a != b for a, b in zip(heads["group"], heads["upstream"], strict=True)) == 6

@@ -20,7 +20,7 @@ from harness.models import LoadedModel, assemble
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads(gzip.decompress((FOLDER / "slicegpt.json.gz").read_bytes()))
 CASES: dict[str, Any] = GOLDEN["cases"]
-PUBLISHED = SliceGPT(slice_head=False, subtract_embedding_mean=True)
+PUBLISHED = SliceGPT(**{**SliceGPT.published, "orientation": "pca"})  # type: ignore[arg-type]
 LOSS_TOLERANCE = 5e-3
 
 
@@ -29,8 +29,7 @@ def tokens(name: str, rows: int) -> Tensor:
 
 
 def published(model: Any, **changes: bool) -> Slicer:
-    fields = PUBLISHED.model_copy(update=changes).model_dump(exclude={"orientation"})
-    return Slicer(model, tokens("calibration", 64), **fields)
+    return PUBLISHED.model_copy(update=changes).slicer(model, tokens("calibration", 64))
 
 
 def heldout_loss(model: Any, num_batches: int = 2) -> float:

@@ -1,0 +1,1 @@
+"""Ours against the published implementations: the same settings and tokens, figures side by side."""
