@@ -36,7 +36,7 @@ class Magnitude(PruningMethod):
         priority = uniform_priority(scores, structure)
         for target in targets:
             solved = meet_target(self.name, partial(uniform_plan, scores, structure), structure, target, priority)
-            yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob)
+            yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
 
     def scores(self, model: Any, structure: ModelStructure) -> dict[str, Tensor]:
         """Group name -> L2 norm of each unit's weights."""

@@ -31,7 +31,7 @@ class Random(PruningMethod):
         priority = uniform_priority(scores, structure)
         for target in targets:
             solved = meet_target(self.name, partial(uniform_plan, scores, structure), structure, target, priority)
-            yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob)
+            yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
 
     def scores(self, structure: ModelStructure, seed: int) -> dict[str, Tensor]:
         """Group name -> a number in [0, 1) per unit."""

@@ -208,10 +208,14 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this method's 
         console.print(table)
         return
     cls = method_class(name)
-    table = Table("setting", "type", "default", "meaning")
+    published = getattr(cls, "published", {})
+    table = Table("setting", "type", "default", "as published", "meaning")
     for field, info in cls.model_fields.items():
-        kind = str(info.annotation).replace("typing.", "")
-        table.add_row(f"{name}.{field}", kind, str(info.default), info.description or "")
+        kind = getattr(info.annotation, "__name__", "") if isinstance(info.annotation, type) else str(info.annotation)
+        departs = str(published[field]) if field in published else ""
+        table.add_row(
+            f"{name}.{field}", kind.replace("typing.", ""), str(info.default), departs, info.description or ""
+        )
     console.print(table)
 
 

@@ -17,7 +17,7 @@ from baselines.flap import FLAP
 from baselines.ratio import keep_highest
 from harness.budget import ParameterTarget
 from harness.errors import UserError
-from harness.models import LoadedModel, assemble
+from harness.models import LoadedModel
 from harness.structure import KeepPlan, check_plan, count_parameters, describe, layer_widths
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -259,24 +259,6 @@ def test_targets_are_met_with_the_biases_counted(
         counts = count_parameters(pruned.model.named_parameters())
         assert 0 <= target.excess(counts) < tiny.structure.mlp[0].unit_params
         assert sum(p.numel() for p in pruned.model.parameters()) == counts.total
-
-
-def test_permuting_units_permutes_the_plan(make_tiny: Callable[..., LoadedModel], calibration: Tensor) -> None:
-    loaded = make_tiny("grouped-query")
-    generator = torch.Generator().manual_seed(5)
-    order = {g.name: torch.randperm(g.num_units, generator=generator) for g in loaded.structure.groups}
-    state = dict(loaded.model.named_parameters())
-    for group in loaded.structure.groups:
-        for member in group.members:
-            name = f"{member.module}.weight"
-            state[name] = state[name].index_select(member.dim, member.positions(order[group.name]))
-    permuted = LoadedModel(assemble(loaded.model.config, state), None, "permuted")
-    method, plans = FLAP(), []
-    for each in (loaded, permuted):
-        scores = method.scores(each.model, each.structure, method.statistics(each, calibration))
-        plans.append(method.plan_at(scores, each.structure, 0.4))
-    for name, kept in plans[1].items():
-        assert torch.equal(order[name][kept].sort().values, plans[0][name])
 
 
 def test_one_sequence_is_too_few(tiny: LoadedModel, calibration: Tensor) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.budget import ParameterTarget
 from harness.method import PrunedModel, PruningMethod
-from harness.models import LoadedModel
+from harness.models import LoadedModel, assemble
 from harness.models.saving import save_model
 from harness.records import Basis
 from harness.registry import build_method, known_methods
@@ -111,3 +111,39 @@ def test_a_hopeless_target_names_the_largest_sparsity(
 def test_every_hyper_parameter_is_explained(method: PruningMethod) -> None:
     assert method.paper
     assert all(field.description for field in type(method).model_fields.values())
+
+
+UNIT_METHODS = ["magnitude", "llm-pruner", "flap", "adapt-pruner"]
+
+
+def reordered(loaded: LoadedModel, order: dict[str, torch.Tensor]) -> LoadedModel:
+    """The same function with the units of every group in another order."""
+    state = dict(loaded.model.named_parameters())
+    for group in loaded.structure.groups:
+        for member in group.members:
+            for leaf in ("weight", "bias"):
+                name = f"{member.module}.{leaf}"
+                if name in state and (leaf == "weight" or member.dim == 0):
+                    state[name] = state[name].index_select(member.dim, member.positions(order[group.name]))
+    return LoadedModel(assemble(loaded.model.config, state), None, "reordered")
+
+
+@pytest.mark.parametrize("name", UNIT_METHODS)
+def test_reordering_units_reorders_what_is_kept(name: str, tiny: LoadedModel, calibration: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(5)
+    order = {g.name: torch.randperm(g.num_units, generator=generator) for g in tiny.structure.groups}
+    (ours,) = prune(build_method(name), tiny, calibration, (0.15,))
+    (other,) = prune(build_method(name), reordered(tiny, order), calibration, (0.15,))
+    assert ours.kept is not None
+    assert other.kept is not None
+    for group, kept in other.kept.items():
+        assert torch.equal(order[group][kept].sort().values, ours.kept[group]), group
+
+
+@pytest.mark.parametrize("name", [*UNIT_METHODS, "random"])
+def test_what_is_kept_is_what_the_model_holds(name: str, tiny: LoadedModel, calibration: torch.Tensor) -> None:
+    for pruned in prune(build_method(name), tiny, calibration):
+        assert pruned.kept is not None
+        widths = {group.name: group.num_units for group in describe(pruned.model).groups}
+        whole = {group.name: group.num_units for group in tiny.structure.groups}
+        assert widths == whole | {group: kept.numel() for group, kept in pruned.kept.items()}
