@@ -4,19 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: compare test check slow verify clean
+.PHONY: compare test check slow verify gguf-check clean
 
 compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not gpu and not network"
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not gpu and not network and not llamacpp"
 
 verify: $(INSTALLED)
 	$(BIN)/harness verify --out docs/fidelity.md
 
 slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network"
+	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp"
+
+gguf-check: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf-check]'
+	$(BIN)/pytest -s -m llamacpp tests/harness/export
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

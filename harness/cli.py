@@ -196,6 +196,34 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder, catalog name or hub id.")],
+    format_: Annotated[str, typer.Option("--format", help="gguf, which llama.cpp runs.")] = "gguf",
+    precision: Annotated[str, typer.Option(help="Of the matrices: float32, float16 or q8_0.")] = "float16",
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default MODEL-PRECISION.gguf, here. Must not exist.")
+    ] = None,
+) -> None:
+    """Write a model, pruned or not, as a file for another program."""
+    from harness.export import FORMATS, PRECISIONS
+    from harness.request import model_ref, one_of
+    from harness.steps import export_model
+
+    one_of("format", format_, FORMATS)
+    one_of("precision", precision, tuple(PRECISIONS))
+    ref = model_ref(model)
+    exported = export_model(ref, precision, out or Path(f"{Path(ref.name).name}-{precision}.gguf"))
+    console.print(
+        f"{exported.path}: llama.cpp's architecture {exported.architecture}, {exported.num_bytes:,} bytes",
+        highlight=False,
+    )
+    if exported.num_float16:
+        console.print(
+            f"{exported.num_float16} matrices stay float16: Q8_0 wants rows of a multiple of 32 values", highlight=False
+        )
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="Show this method's settings.")] = None) -> None:
     """List the methods, or one method's settings with their defaults."""
     from harness.registry import known_methods, method_class

@@ -1,7 +1,8 @@
-"""The two halves of a run as steps of their own: prune and save a model, evaluate a saved one."""
+"""The two halves of a run as steps of their own: prune and save a model, evaluate a saved one; and export one."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ from pydantic import JsonValue
 from harness.budget import ParameterTarget
 from harness.calibration import draw_calibration
 from harness.errors import UserError
+from harness.export import Exported, export_gguf
 from harness.method import PrunedModel
 from harness.models import LoadedModel, load_model
+from harness.models.loading import checkpoint_folder
 from harness.models.saving import refuse_existing, save_model
 from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef, ParamCounts
 from harness.registry import build_method
@@ -80,6 +83,20 @@ def evaluate_folder(model: ModelRef, spec: EvaluationSpec, dtype: Dtype, device:
 
     loaded = load_model(model, dtype, device)
     return evaluate(loaded.model, loaded.tokenizer, spec, batch_tokens=batch_tokens, progress=None)
+
+
+def export_model(model: ModelRef, precision: str, out: Path) -> Exported:
+    """Write a model, pruned or not, as a GGUF file.
+
+    Raises:
+        UserError: it does not load, llama.cpp cannot run it, or the file cannot be written.
+    """
+    refuse_existing(out)
+    config = json.loads((checkpoint_folder(model) / "config.json").read_text())
+    # Both hold every value of the checkpoint; float32 would only double the memory of a bfloat16 one.
+    dtype: Dtype = "bfloat16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "float32"
+    loaded = load_model(model, dtype)
+    return export_gguf(loaded.model, loaded.tokenizer, out, name=Path(model.name).name, precision=precision)
 
 
 def _card(

@@ -135,7 +135,7 @@ def test_a_track_can_be_repeated_by_hand(compared: tuple[Path, str], tmp_path: P
         assert [m.value for m in record.measures] == pytest.approx([m.value for m in first.measures], rel=1e-6)
 
 
-def test_prune_saves_a_folder_that_loads_and_evaluates(checkpoint: Path, tmp_path: Path) -> None:
+def test_prune_saves_a_folder_that_loads_evaluates_and_exports(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
     arguments = ["--method", "flap", "--sparsity", "0.02", "--model", str(checkpoint), *CALIBRATION]
     assert "PrunedLlamaForCausalLM" in harness("prune", *arguments, "--out", str(out))
@@ -144,6 +144,9 @@ def test_prune_saves_a_folder_that_loads_and_evaluates(checkpoint: Path, tmp_pat
     measures = tmp_path / "measures.json"
     harness("evaluate", str(out), *SMALL, "--json", str(measures))
     assert {m["name"] for m in json.loads(measures.read_text())} >= {"arc_easy/acc_norm", "winogrande/acc"}
+    gguf = tmp_path / "pruned.gguf"
+    assert "architecture deci" in harness("export", "--format", "gguf", str(out), "--out", str(gguf))
+    assert gguf.read_bytes()[:4] == b"GGUF"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,8 @@ def test_prune_saves_a_folder_that_loads_and_evaluates(checkpoint: Path, tmp_pat
         (["evaluate", "harness"], "has no config.json"),
         (["evaluate", "smollm2-135m", "--device", "cuda:7"], "device 'cuda:7' cannot be used here"),
         (["report", "docs"], "no runs in docs"),
+        (["export", "smollm2-135m", "--precision", "q4"], "precision 'q4' is not known; pass one of float32, float16"),
+        (["export", "smollm2-135m", "--out", "README.md"], "README.md exists already"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str) -> None:
