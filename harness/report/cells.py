@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from harness.report.efficiency import efficiency_cells
 from harness.report.frame import CHANCE
 
 TIED = "†"
 NOTHING = "–"
 _GIB = 1 << 30
 
-Part = Literal["name", "scores", "tasks", "size and cost"]
+Part = Literal["name", "scores", "tasks", "size and cost", "efficiency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ def layout(frame: pd.DataFrame, tasks: Sequence[str], ppl_heading: str) -> list[
         ("prune peak GiB", "size and cost", lambda line: _number(line["prune_peak_bytes"], _GIB, 2)),
         ("eval s", "size and cost", lambda line: _number(line["eval_seconds"], 1)),
         ("knob", "size and cost", _knob),
+        *((heading, "efficiency", write) for heading, write in efficiency_cells()),
     ]  # fmt: skip
     lines = frame.to_dict("records")
     columns = [_column(heading, part, write, lines) for heading, part, write in written]

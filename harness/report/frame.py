@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 
 from harness.records import ParamCounts, RunRecord
+from harness.report.efficiency import COLUMNS as EFFICIENCY
+from harness.report.efficiency import efficiency_line
 from harness.report.rows import Row, evaluations
 from harness.report.scores import COMMONSENSE, MMLU, Estimate, Guessing, RowScores
 
@@ -66,7 +68,7 @@ def build_frame(rows: Sequence[Row], scores: Mapping[Row, RowScores]) -> pd.Data
     lines = [_chance_line(settings, guessing) for settings, guessing in guessed if guessing.tasks]
     lines += [_line(row, scores.get(row, RowScores()), tasks) for row in rows]
     intervals = [f"{task}_ci_{end}" for task in tasks for end in ("low", "high")]
-    frame = pd.DataFrame(lines, columns=[*_LEADING, *tasks, *_TRAILING, *_FURTHER, *intervals])
+    frame = pd.DataFrame(lines, columns=[*_LEADING, *tasks, *_TRAILING, *_FURTHER, *EFFICIENCY, *intervals])
     return frame.astype(dict.fromkeys(_COUNTS, "Int64") | {"tied_embeddings": "boolean"})
 
 
@@ -85,7 +87,9 @@ def _line(row: Row, scores: RowScores, tasks: Sequence[str]) -> Line:
         "reason": "; ".join(dict.fromkeys(record.reason for record in row.records if record.reason)) or None,
     }
     # A run that misses its target is not listed among the scores, whatever it measured.
-    return line | _counted(row) | _costs(row) | _scored(row, scores, tasks) if row.status == "ok" else line
+    if row.status != "ok":
+        return line
+    return line | _counted(row) | _costs(row) | efficiency_line(row.records) | _scored(row, scores, tasks)
 
 
 def _counted(row: Row) -> Line:

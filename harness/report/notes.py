@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from harness import statistics
 from harness.records import Provenance, RunRecord
 from harness.report.cells import TIED
+from harness.report.efficiency import efficiency_notes
 from harness.report.frame import CHANCE
 from harness.report.rows import REFERENCE_METHOD, Row
 from harness.report.scores import COMMONSENSE, MMLU, RowScores
@@ -28,6 +29,7 @@ def notes(rows: Sequence[Row], scores: Mapping[Row, RowScores], command: str | N
         *_meaning_of_sparsity(rows),
         *_seeds(scored),
         *(_models(scored) + _documents(scored) + _heldout(scored) + _calibration(scored)),
+        *efficiency_notes(scored),
         *_record_notes(scored),
         *_versions(scored),
     ]

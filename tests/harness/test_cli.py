@@ -30,6 +30,7 @@ SMALL = [
     "--tasks",
     "arc_easy,winogrande",
 ]
+SMALL_COMPARISON = [*SMALL, "--no-efficiency"]
 CALIBRATION = ["--calibration-samples", "4", "--calibration-length", "32"]
 
 
@@ -61,7 +62,9 @@ def compared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """A results folder and what making it printed."""
     out = tmp_path_factory.mktemp("results")
     methods = ["--methods", "flap,slicegpt", "--sparsities", "0,0.02", "--basis", "non-embedding"]
-    shown = harness("compare", "--models", str(checkpoint), *methods, *SMALL, *CALIBRATION, "--out", str(out))
+    shown = harness(
+        "compare", "--models", str(checkpoint), *methods, *SMALL_COMPARISON, *CALIBRATION, "--out", str(out)
+    )
     return out, shown
 
 
@@ -110,7 +113,9 @@ def test_a_second_comparison_runs_nothing_and_shows_the_same(compared: tuple[Pat
     out, _ = compared
     before = (out / "latest" / "leaderboard.csv").read_text()
     methods = ["--methods", "flap,slicegpt", "--sparsities", "0,0.02", "--basis", "non-embedding"]
-    shown = harness("compare", "--models", str(checkpoint), *methods, *SMALL, *CALIBRATION, "--out", str(out))
+    shown = harness(
+        "compare", "--models", str(checkpoint), *methods, *SMALL_COMPARISON, *CALIBRATION, "--out", str(out)
+    )
     assert "5 runs, 5 of them done before" in shown
     assert (out / "latest" / "leaderboard.csv").read_text() == before
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
+from harness.records import EfficiencySpec
 from harness.request import comparison_from, one_sparsity, settings_of
 
 FLAGS: dict[str, Any] = {
@@ -26,6 +27,7 @@ FLAGS: dict[str, Any] = {
     "mmlu_shots": None,
     "heldout_tokens": None,
     "offline": None,
+    "efficiency": True,
     "set_": [],
     "config": None,
     "dtype": "float32",
@@ -42,6 +44,7 @@ def test_defaults_compare_every_method_on_the_embedded_model() -> None:
     assert {"dense", "random", "magnitude", "llm-pruner", "flap", "slicegpt", "adapt-pruner"} <= set(comparison.methods)
     assert comparison.sparsities == (0.2, 0.4)
     assert len(comparison.evaluation.tasks) == 8
+    assert comparison.efficiency == EfficiencySpec()
 
 
 def test_quick_profile_keeps_adapt_pruners_steps_affordable_unless_told_otherwise() -> None:
