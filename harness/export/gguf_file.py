@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,10 +93,19 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for (tensor_name, tensor), kind in zip(gguf_tensors(model, architecture), kinds, strict=True):
-            writer.write_tensor_data(_encoded(tensor_name, tensor, kind))
+            _append(writer, _encoded(tensor_name, tensor, kind))
     finally:
         writer.close()
     return kinds.count(GGMLQuantizationType.F16) if wanted is GGMLQuantizationType.Q8_0 else 0
+
+
+def _append(writer: GGUFWriter, values: np.ndarray[Any, Any]) -> None:
+    try:
+        writer.write_tensor_data(values)
+    except OSError as error:
+        if error.errno is None:  # numpy says how much of an array was written, not why the rest was not: no room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _add_architecture(writer: GGUFWriter, architecture: Architecture) -> None:

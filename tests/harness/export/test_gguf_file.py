@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,20 @@ def test_existing_file_stays(make_tiny: MakeTiny, write: Callable[..., Path], tm
     with pytest.raises(UserError, match="exists already"):
         write(make_tiny("tied").model)
     assert (tmp_path / "model.gguf").read_text() == "mine"
+
+
+def test_full_disk_is_one_sentence_and_leaves_no_file(
+    make_tiny: MakeTiny, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = make_tiny("tied")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match="No space left on device; free some space"):
+            write(loaded.model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def with_output_biases(loaded: LoadedModel, plan: dict[str, torch.Tensor]) -> PreTrainedModel:
