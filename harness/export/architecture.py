@@ -42,6 +42,8 @@ class Architecture:
     rope_theta: float
     rope_factors: Tensor | None
     """By which the plain rotary frequencies are divided, float32 [head_dim / 2]; None where they are all 1."""
+    layer_repeats: int
+    """Times in a row that the model applies each of its layers; the file holds one layer an application."""
     tied: bool
     """Whether the head is the embedding, and so not in the file."""
 
@@ -63,7 +65,8 @@ def architecture_of(model: Any) -> Architecture:
     if reason is not None:
         raise UserError(f"this model cannot be written as GGUF: {reason}; it loads with transformers")
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    layers = list(model.model.layers)
+    repeats = int(getattr(config, "layer_repeats", 1))
+    layers = [layer for layer in model.model.layers for _ in range(repeats)]
     windows = [w for w in (config.max_position_embeddings, _sliding_window(config)) if w is not None]
     return Architecture(
         num_heads=tuple(max(1, layer.self_attn.o_proj.in_features // head_dim) for layer in layers),
@@ -76,6 +79,7 @@ def architecture_of(model: Any) -> Architecture:
         norm_eps=float(config.rms_norm_eps),
         rope_theta=float(config.rope_parameters["rope_theta"]),
         rope_factors=_rope_factors(model, head_dim),
+        layer_repeats=repeats,
         tied=bool(config.tie_word_embeddings),
     )
 

@@ -30,7 +30,7 @@ INNER = {
 def gguf_tensors(model: Any, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """GGUF name and tensor of everything that is written, one at a time; a tied head is left out.
 
-    A layer that shares its weights with another is written like any other: GGUF knows no sharing.
+    A layer that is applied several times in a row is written as often: GGUF knows no sharing.
 
     Args:
         model: causal language model laid out like Llama.
@@ -44,7 +44,9 @@ def gguf_tensors(model: Any, architecture: Architecture) -> Iterator[tuple[str, 
             continue
         _model, _layers, index, rest = name.split(".", 3)
         module, _, leaf = rest.rpartition(".")
-        yield f"blk.{index}.{INNER[module]}.{leaf}", _layer_tensor(tensor, module, leaf, architecture)
+        written = _layer_tensor(tensor, module, leaf, architecture)
+        for repeat in range(architecture.layer_repeats):
+            yield f"blk.{int(index) * architecture.layer_repeats + repeat}.{INNER[module]}.{leaf}", written
     if architecture.rope_factors is not None:
         yield "rope_freqs.weight", architecture.rope_factors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,21 @@ def test_scaled_rotary_frequencies_are_written_as_factors(
     path = write(model, precision="float32")
     assert gguf.tensors(path)["rope_freqs.weight"].shape == (8,)
     assert_same_function(gguf, path, model)
+
+
+def test_layer_that_is_applied_twice_is_written_twice(write: Callable[..., Path], gguf: Any) -> None:
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6}
+    stored, unrolled = (LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=n)).eval() for n in (2, 4))
+    stored.config.layer_repeats = 2
+    for parameter in stored.parameters():
+        parameter.data.normal_(std=0.3)
+    state = stored.state_dict()
+    halved = {name: re.sub(r"\d+", lambda index: str(int(index[0]) // 2), name) for name in unrolled.state_dict()}
+    unrolled.load_state_dict({name: state[source] for name, source in halved.items()})
+    path = write(stored, precision="float32")
+    assert gguf.metadata(path)["llama.block_count"] == 4
+    assert_same_function(gguf, path, unrolled)
 
 
 def test_context_ends_where_a_sliding_window_begins_to_matter(write: Callable[..., Path], gguf: Any) -> None:
