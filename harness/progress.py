@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.records import RunSpec
 from harness.runner import Event
 
-# Where in a run each phase begins, as a share of its time; evaluation reports its own progress from there on.
-PHASE_START = {"loading": 0.0, "pruning": 0.05, "evaluating": 0.4}
+# Where in a run each phase begins, as a share of its time; evaluation reports its own progress up to the next.
+PHASE_START = {"loading": 0.0, "pruning": 0.05, "evaluating": 0.4, "timing": 0.95}
 
 
 class ComparisonProgress:
@@ -70,8 +70,8 @@ class ComparisonProgress:
         elif event.kind == "phase":
             self._advance(PHASE_START[event.text], f"{label}: {event.text}")
         elif event.kind == "progress" and event.total:
-            begin = PHASE_START["evaluating"]
-            self._advance(begin + (1 - begin) * event.done / event.total, f"{label}: evaluating")
+            begin, end = PHASE_START["evaluating"], PHASE_START["timing"]
+            self._advance(begin + (end - begin) * event.done / event.total, f"{label}: evaluating")
 
     def _advance(self, share: float, description: str) -> None:
         self.bar.update(self.task, completed=round(self.num_finished + share, 2), description=description)

@@ -45,6 +45,7 @@ def test_defaults_compare_every_method_on_the_embedded_model() -> None:
     assert comparison.sparsities == (0.2, 0.4)
     assert len(comparison.evaluation.tasks) == 8
     assert comparison.efficiency == EfficiencySpec()
+    assert comparison_from({**FLAGS, "efficiency": False}, {"efficiency"}, None).efficiency is None
 
 
 def test_quick_profile_keeps_adapt_pruners_steps_affordable_unless_told_otherwise() -> None:

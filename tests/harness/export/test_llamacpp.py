@@ -12,7 +12,6 @@ import torch
 from baselines.flap import FLAP
 from harness.calibration import draw_calibration
 from harness.corpora import load_corpus
-from harness.evaluation.perplexity import heldout_tokens
 from harness.export import PRECISIONS, export_gguf
 from harness.export.llamacpp import decode_speeds, llamacpp_logprobs, open_gguf, torch_logprobs
 from harness.method import ParameterTarget
@@ -27,7 +26,8 @@ TEXT = "It's 1984, isn't it?\n\n  Naïve café: 3,141 — déjà vu! 我想 🦙
 @pytest.fixture(scope="module")
 def windows(smollm2: LoadedModel) -> torch.Tensor:
     """Held-out text, [8, 128]."""
-    return heldout_tokens(load_corpus("heldout"), smollm2.tokenizer, 1024).view(8, 128)
+    text = "\n\n".join(load_corpus("heldout").passages[:10])
+    return torch.tensor(smollm2.tokenizer.encode(text, add_special_tokens=False)[:1024]).view(8, 128)
 
 
 @pytest.fixture(scope="module")
