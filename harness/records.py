@@ -67,9 +67,9 @@ class EfficiencySpec(Frozen):
 
     batch_size: Annotated[int, Field(ge=1)] = 1
     """Sequences generated at once."""
-    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    prompt_tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens read before the first new one."""
-    new_tokens: Annotated[int, Field(ge=1)] = 8
+    new_tokens: Annotated[int, Field(ge=1)] = 4
     """Tokens generated one by one after the first."""
     repeats: Annotated[int, Field(ge=1)] = 5
     """Turns of each model behind a median; one more is not counted."""

@@ -44,8 +44,9 @@ def models(smollm2: LoadedModel) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("precision", "typical", "largest"),
     # Nats a token. float32 with float32 keys and values differs by rounding alone; float16 has 11 bits in weights,
-    # activations, keys and values; 8 bits in 32-blocks move a token more, and the text as a whole hardly.
-    [("float32", 2e-4, 5e-3), ("float16", 5e-3, 0.1), ("q8_0", 0.05, 1.0)],
+    # activations, keys and values. For Q8_0 llama.cpp rounds activations to 8 bits as well: PyTorch with both rounded
+    # to the same blocks of 32 moves a token of this text by 0.072 on average and 0.67 at most.
+    [("float32", 2e-4, 5e-3), ("float16", 5e-3, 0.1), ("q8_0", 0.1, 1.0)],
 )
 @pytest.mark.parametrize("which", ["dense", "flap", "emptied"])
 def test_log_likelihoods_of_heldout_text_are_the_models(
@@ -64,6 +65,7 @@ def test_log_likelihoods_of_heldout_text_are_the_models(
     assert exported.architecture == ("llama" if which == "dense" else "deci")
     assert difference.mean() < typical
     assert difference.max() < largest
+    assert abs(float(theirs.mean() - ours.mean())) < 0.01  # of the text as a whole, in every precision
 
 
 def test_llamacpp_makes_the_same_token_ids(smollm2: LoadedModel, tmp_path: Path) -> None:

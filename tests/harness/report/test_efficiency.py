@@ -37,7 +37,7 @@ def measures(factor: float = 1.0) -> tuple[Measure, ...]:
 def timed(store: Store, make_spec: Callable[..., Any], make_record: Callable[..., RunRecord]) -> Store:
     """FLAP with two seeds, timed."""
     for seed, factor in ((0, 1.0), (1, 3.0)):
-        spec = make_spec("flap", 0.2, seed=seed, efficiency=EfficiencySpec(prompt_tokens=64))
+        spec = make_spec("flap", 0.2, seed=seed, efficiency=EfficiencySpec(prompt_tokens=32, new_tokens=8))
         store.write(make_record(spec, measures=measures(factor)))
     return store
 
@@ -59,7 +59,7 @@ def test_people_read_the_speed_beside_its_ratio_to_dense(timed: Store) -> None:
 def test_note_states_batch_and_lengths(timed: Store) -> None:
     found = [note for note in build_leaderboard(timed).notes if note.startswith("Efficiency")]
     assert len(found) == 1
-    assert "batch 1: 64 prompt tokens, then 8 more" in found[0]
+    assert "batch 1: 32 prompt tokens, then 8 more" in found[0]
 
 
 def test_records_without_these_measures_stay_readable_and_get_no_columns() -> None:
