@@ -58,24 +58,21 @@ def llm_pruner_cases(golden: Mapping[str, Any], intermediate_size: int) -> Itera
 
 
 def flap_cases(golden: Mapping[str, Any], intermediate_size: int) -> Iterator[PublishedCase]:
-    """Every case of ``flap.json.gz``, with its bias compensation and without.
+    """Every case of ``flap.json.gz``, with its bias compensation.
 
     The grouped-query case is derived: the published code has no grouped-query attention, so its units were put together
     from the published scores of the multi-head model at their exact cost.
     """
-    for case in golden["cases"]:
-        for compensated in (True, False):
-            yield _flap_case(case, intermediate_size, compensated)
+    return (_flap_case(case, intermediate_size) for case in golden["cases"])
 
 
-def _flap_case(case: Mapping[str, Any], intermediate_size: int, compensated: bool) -> PublishedCase:
+def _flap_case(case: Mapping[str, Any], intermediate_size: int) -> PublishedCase:
     settings, counts = case["settings"], case["params_after"]
     derived = "params_after_in_gqa_form" in case
     params = {
         "metric": settings["metrics"].lower(),
         "structure": settings["structure"].lower().replace("-", "_"),
         "remove_heads": settings["remove_heads"],
-        "bias_compensation": compensated,
     }
     if derived:
         params["head_cost"] = case["head_cost_used"]
@@ -85,18 +82,18 @@ def _flap_case(case: Mapping[str, Any], intermediate_size: int, compensated: boo
         kept[f"layers.{i}.attention"] = frozenset(layer["kept_heads"])
         kept[f"layers.{i}.mlp"] = kept_of(intermediate_size, layer["removed_mlp_channels"])
     return PublishedCase(
-        name=case["name"] if compensated else f"{case['name']}_nobias",
+        name=case["name"],
         method="flap",
         params=params,
         knob=settings["pruning_ratio"],
         calibration=(64, 128),
         figures=PublishedFigures(
-            params=total + counts["bias"] * compensated,
-            loss=case["eval_nll" if compensated else "eval_nll_nobias"],
+            params=total + counts["bias"],
+            loss=case["eval_nll"],
             kept=kept,
-            # The derived case was not run by itself, and a case without compensation is the same run once more.
-            seconds=case["prune_wall_s"] if compensated and not derived else None,
-            peak_bytes=int(case["prune_peak_rss_mb"] * MIB) if compensated and not derived else None,
+            # The derived case was not run by itself.
+            seconds=None if derived else case["prune_wall_s"],
+            peak_bytes=None if derived else int(case["prune_peak_rss_mb"] * MIB),
         ),
         multi_head=not derived,
     )
