@@ -58,7 +58,12 @@ class SliceGPT(ReimplementedMethod):
     """Multiple of the mean diagonal added to the second moments before they are decomposed."""
 
     def why_unsupported(self, structure: ModelStructure) -> str | None:
-        """Models that are already pruned, and those without a pruned form."""
+        """Models that are already pruned, those without a pruned form, and those that apply a layer more than once."""
+        if structure.layer_repeats > 1:
+            return (
+                f"slicegpt gives every layer's input and output a basis of its own, and each layer of this model is "
+                f"applied {structure.layer_repeats} times with the same weights"
+            )
         supported = sorted(config.model_type for config in PRUNED_CLASSES)
         if structure.model_type in supported:
             return None

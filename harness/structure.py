@@ -68,6 +68,8 @@ class ModelStructure:
     """For each layer in order: its kv heads, then its MLP channels."""
     model_type: str
     """transformers' ``model_type`` of the dense model."""
+    layer_repeats: int = 1
+    """Times in a row that every layer is applied; its units are counted and removed once."""
 
     @cached_property
     def by_name(self) -> dict[str, CoupledGroup]:
@@ -116,6 +118,7 @@ def describe(model: nn.Module) -> ModelStructure:
         query_group_size=group_size,
         groups=tuple(groups),
         model_type=str(config.model_type),
+        layer_repeats=int(getattr(config, "layer_repeats", 1)),
     )
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from harness.models import LoadedModel, load_model
+from harness.models.modeling_pruned import PrunedLlamaConfig
 from harness.records import ModelRef
 
 # Two workers of pytest-xdist share two cores.
@@ -36,6 +37,10 @@ TINY: dict[str, Any] = {
     "mistral": MistralConfig(**COMMON, num_attention_heads=6, num_key_value_heads=2, sliding_window=None),
     "qwen2": Qwen2Config(**COMMON, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**COMMON, num_attention_heads=6, num_key_value_heads=2),
+    "shared-layers": PrunedLlamaConfig(
+        **(COMMON | {"num_hidden_layers": 6}), num_attention_heads=6, num_key_value_heads=2, layer_repeats=2,
+        tie_word_embeddings=True,
+    ),  # fmt: skip
 }
 
 
@@ -52,9 +57,9 @@ def tiny_model(shape: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
     return model.requires_grad_(False)
 
 
-@pytest.fixture(params=sorted(TINY))
+@pytest.fixture(params=sorted(TINY.keys() - {"shared-layers"}))
 def tiny(request: pytest.FixtureRequest) -> LoadedModel:
-    """Each tiny model in float64, without a tokenizer."""
+    """Each tiny model of a published architecture in float64, without a tokenizer."""
     return LoadedModel(model=tiny_model(request.param), tokenizer=None, weights_sha256=request.param)
 
 

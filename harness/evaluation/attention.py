@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,10 @@ from harness.evaluation.forest import BlockGroup, Chunk
 # N blocks, Q and S the longest query and key run of a group.
 
 NAME = "harness_token_forest"
+
+
+Place = tuple[nn.Module, int]
+"""An attention module and how often this pass has called it before: a layer that is repeated calls it several times."""
 
 
 class AttentionNotCoveredError(Exception):
@@ -53,9 +58,10 @@ class ChunkAttention:
     """The attention of one forward pass; keeps what the next chunk needs of every attention module."""
 
     chunk: Chunk
-    carried: dict[nn.Module, tuple[Tensor, Tensor]]
-    """Attention module -> keys and values of the path to the chunk's first token, each [carried, G, D]."""
-    carry_out: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    carried: dict[Place, tuple[Tensor, Tensor]]
+    """Keys and values of the path to the chunk's first token, each [carried, G, D]."""
+    carry_out: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _calls: Counter[nn.Module] = field(default_factory=Counter)
     _groups: dict[tuple[torch.device, torch.dtype], list[_GroupTensors]] = field(default_factory=dict)
     _out: dict[torch.device, Tensor] = field(default_factory=dict)
     _unpad: dict[torch.device, Tensor] = field(default_factory=dict)
@@ -63,12 +69,14 @@ class ChunkAttention:
     def attend(self, module: nn.Module, query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, scale: float) -> Tensor:
         """Attention output ``[T, H, D]`` of the chunk's tokens."""
         query, key, value = (t.transpose(0, 1) for t in (query_HTD, key_GTD, value_GTD))
+        place = (module, self._calls[module])
+        self._calls[module] += 1
         if self.chunk.num_carried:
-            key_before, value_before = self.carried[module]
+            key_before, value_before = self.carried[place]
             key, value = torch.cat([key_before, key]), torch.cat([value_before, value])
         if len(self.chunk.carry_out):
             kept = self._carry_index(key.device)
-            self.carry_out[module] = (key.index_select(0, kept), value.index_select(0, kept))
+            self.carry_out[place] = (key.index_select(0, kept), value.index_select(0, kept))
         padded = [self._attend_group(group, query, key, value, scale) for group in self._groups_on(query)]
         return torch.cat(padded).index_select(0, self._unpad_index(query.device))
 

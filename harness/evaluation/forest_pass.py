@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from harness.evaluation.attention import ChunkAttention, attending, forest_attention
+from harness.evaluation.attention import ChunkAttention, Place, attending, forest_attention
 from harness.evaluation.forest import Chunk, Forest, Ints, cut, grow
 from harness.evaluation.head import token_logprobs
 
@@ -61,7 +61,7 @@ def score_tails(
     targets = _Targets.of(forest, tails)
     loglikelihood = np.zeros(len(sequences))
     greedy = np.ones(len(sequences), np.bool_)
-    carried: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    carried: dict[Place, tuple[Tensor, Tensor]] = {}
     with torch.no_grad(), forest_attention(model):
         for chunk in cut(forest, batch_tokens):
             attention = ChunkAttention(chunk, carried)

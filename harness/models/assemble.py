@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.initialization import no_init_weights
@@ -45,9 +46,8 @@ def assemble(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTraine
         state: parameters by name, tied ones once; adopted, not copied. Without ``lm_head.weight`` the head is tied.
     """
     config = _config_for(config, state)
-    model_class = _model_class(config)
     with torch.device("meta"), no_init_weights():
-        model = model_class(config)
+        model = model_class(config)(config)
     _replace_rotary_buffers(model, config)
     parameters = {name: torch.nn.Parameter(tensor.detach()) for name, tensor in state.items()}
     if config.tie_word_embeddings:
@@ -56,6 +56,15 @@ def assemble(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTraine
     if config.tie_word_embeddings:
         model.tie_weights()
     return model.eval()
+
+
+def pruned_form(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[Any]]:
+    """The pruned configuration that says the same as a stock one, and its model class."""
+    pruned_config, pruned_model = PRUNED_CLASSES[stock_config_class(config)]
+    values = config.to_dict()
+    values.pop("model_type", None)
+    biased = {"o_proj_bias": bool(values.get("attention_bias")), "down_proj_bias": bool(values.get("mlp_bias"))}
+    return pruned_config(**{**biased, **values}), pruned_model
 
 
 def stock_config_class(config: PreTrainedConfig) -> type[Any]:
@@ -77,12 +86,14 @@ def _config_for(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTra
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "o_proj_bias", "down_proj_bias",
                 "residual_size", "head_size"):  # fmt: skip
         values.pop(key, None)
+    repeats = values.pop("layer_repeats", 1)
     # Said outright: hidden_size / heads is no longer head_dim once heads have left.
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     values["tie_word_embeddings"] = "lm_head.weight" not in state
     group_size = values["num_attention_heads"] // values["num_key_value_heads"]
-    widths = [_layer_widths(state, i, values["head_dim"], group_size) for i in range(values["num_hidden_layers"])]
-    added = _added(state)
+    applied = range(values["num_hidden_layers"])
+    widths = [_layer_widths(state, i // repeats, values["head_dim"], group_size) for i in applied]
+    added = _added(state) | {"layer_repeats": repeats}
     plain = _plain_config(stock, values, widths) if _is_stock(values, state, added) else None
     if plain is not None:
         return plain
@@ -96,7 +107,7 @@ def _plain_config(stock: type[Any], values: dict[str, Any], widths: list[dict[st
         return None
     try:
         return stock(**{**values, **width})
-    except ValueError:  # LlamaConfig wants hidden_size to be a multiple of the number of heads
+    except (ValueError, StrictDataclassError):  # LlamaConfig wants hidden_size to be a multiple of the number of heads
         return None
 
 
@@ -118,6 +129,7 @@ def _is_stock(values: dict[str, Any], state: Mapping[str, Tensor], added: dict[s
     stock_o_bias = query_bias and bool(values.get("attention_bias"))
     return (
         added["residual_size"] is None
+        and added["layer_repeats"] == 1
         and added["o_proj_bias"] == stock_o_bias
         and added["down_proj_bias"] == bool(values.get("mlp_bias"))
     )
@@ -133,12 +145,19 @@ def _layer_widths(state: Mapping[str, Tensor], layer: int, head_dim: int, group_
     }
 
 
-def _model_class(config: PreTrainedConfig) -> type[Any]:
+def model_class(config: PreTrainedConfig) -> type[Any]:
+    """The causal language model class of a configuration, stock or pruned.
+
+    Raises:
+        UserError: transformers has none.
+    """
     from transformers import AutoModelForCausalLM
 
     for pruned_config, pruned_model in PRUNED_CLASSES.values():
         if type(config) is pruned_config:
             return pruned_model
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"models of type {config.model_type!r} are no causal language models; pass one that is")
     stock: type[Any] = AutoModelForCausalLM._model_mapping[type(config)]
     return stock
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.errors import UserError, unknown_name
-from harness.models.assemble import PRUNED_CLASSES
+from harness.models import mobilellm
+from harness.models.assemble import PRUNED_CLASSES, model_class
 from harness.models.catalog import CATALOG
+from harness.models.checkpoint import check_weights, parameter_shapes
 from harness.models.embedded import embedded_checkpoint
 from harness.records import Dtype, ModelRef, ParamCounts
 from harness.structure import ModelStructure, count_parameters, describe
@@ -57,21 +60,50 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
     """
     require_device(device)
     folder = checkpoint_folder(ref)
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no *.safetensors weights; pass a folder written by save_pretrained")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first_line = (str(error).splitlines() or ["no message"])[0]
+        model = _load_weights(folder, getattr(torch, dtype))
+        tokenizer = _load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or "no message"
         raise UserError(
-            f"{folder} could not be loaded as a language model ({type(error).__name__}: {first_line}); "
+            f"{folder} could not be loaded as a language model ({type(error).__name__}: {reason}); "
             "pass a complete save_pretrained folder"
         ) from error
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=weights_sha256(folder))
+
+
+def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
+    values = read_config(folder)
+    if values.get("model_type") == mobilellm.MODEL_TYPE:
+        return mobilellm.load_mobilellm(folder, values, dtype)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_weights(folder, parameter_shapes(config, model_class(config)))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of a checkpoint's ``config.json``.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}); pass a folder written by save_pretrained") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; pass a folder written by save_pretrained")
+    return values
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if read_config(folder).get("model_type") == mobilellm.MODEL_TYPE:
+        return mobilellm.load_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def require_device(device: str) -> None:

@@ -4,8 +4,9 @@ Self-contained (torch and transformers only): it is copied into the folder of ev
 cannot express, so that the folder loads anywhere.
 
 Layers with their own widths are described by transformers' ``per_layer_config`` schema. Beyond it, the configuration
-knows ``o_proj_bias`` and ``down_proj_bias`` (biases that FLAP adds) and ``residual_size`` / ``head_size`` (the residual
-stream that SliceGPT cuts; ``hidden_size`` stays the width of the dense model, by which its norms go on dividing).
+knows ``o_proj_bias`` and ``down_proj_bias`` (biases that FLAP adds), ``residual_size`` / ``head_size`` (the residual
+stream that SliceGPT cuts; ``hidden_size`` stays the width of the dense model, by which its norms go on dividing) and
+``layer_repeats`` (MobileLLM-LS applies every block twice).
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+
+LAYER_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What ``per_layer_config`` gives every layer."""
 
 
 class SlicedRMSNorm(nn.Module):
@@ -112,6 +117,46 @@ class SlicedDecoderLayer(GradientCheckpointingLayer):
         return shortcut + output
 
 
+class RepeatCache:
+    """The key-value cache as one repeat of a shared layer sees it: every repeat has keys and values of its own."""
+
+    def __init__(self, cache: Any, num_repeats: int, repeat: int) -> None:
+        self.cache = cache
+        self.num_repeats = num_repeats
+        self.repeat = repeat
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Add keys and values at the place of this repeat; ``layer_idx`` counts the layers that have weights."""
+        return self.cache.update(key, value, layer_idx * self.num_repeats + self.repeat, *args, **kwargs)
+
+
+class RepeatedDecoderLayer(GradientCheckpointingLayer):
+    """Decoder layer applied several times in a row with the same weights.
+
+    Source: MobileLLM (arXiv:2402.14905), section 3.3: immediate block-wise weight sharing.
+    """
+
+    def __init__(self, layer: Any, num_repeats: int) -> None:
+        super().__init__()
+        self.num_repeats = num_repeats
+        for name, part in layer.named_children():
+            setattr(self, name, part)
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> torch.Tensor:
+        """``hidden_states`` [batch, length, hidden] -> the same shape, after all repeats."""
+        for repeat in range(self.num_repeats):
+            cache = past_key_values
+            if cache is not None:
+                cache = RepeatCache(cache, self.num_repeats, repeat)
+            attention: torch.Tensor
+            attention, _weights = self.self_attn(
+                hidden_states=self.input_layernorm(hidden_states), past_key_values=cache, **kwargs
+            )
+            hidden_states = hidden_states + attention
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
 def _resize(
     parent: Any,
     name: str,
@@ -150,7 +195,7 @@ def _fit_layer(layer: Any, config: PreTrainedConfig, output_size: int) -> Any:
         layer = SlicedDecoderLayer(layer, config, output_size)
     if query_size == 0:
         layer.self_attn = HeadlessMixer(attention)
-    return layer
+    return layer if config.layer_repeats == 1 else RepeatedDecoderLayer(layer, config.layer_repeats)
 
 
 class PrunedConfigMixin(PreTrainedConfig):
@@ -161,15 +206,18 @@ class PrunedConfigMixin(PreTrainedConfig):
         down_proj_bias: whether MLP output projections have a bias.
         residual_size: width of the sliced residual stream; None leaves it whole, with its weighted norms.
         head_size: width of the last layer's output, which the head reads; None is ``residual_size``.
+        layer_repeats: times in a row that each layer is applied. ``num_hidden_layers`` and ``per_layer_config`` count
+            every application, as caches do; the model has ``num_hidden_layers / layer_repeats`` layers with weights.
     """
 
     o_proj_bias: bool = False
     down_proj_bias: bool = False
     residual_size: int | None = None
     head_size: int | None = None
+    layer_repeats: int = 1
 
     def validate_architecture(self) -> None:
-        """Check that every layer keeps whole query groups and that the residual stream only shrank.
+        """Check that layers keep whole query groups, repeats are alike, and the residual stream only shrank.
 
         Raises:
             ValueError: naming the layer and its sizes.
@@ -182,8 +230,20 @@ class PrunedConfigMixin(PreTrainedConfig):
                     f"layer {i} has {layer.num_attention_heads} query heads for {layer.num_key_value_heads} kv heads; "
                     f"every kv head of this model serves {group}"
                 )
+        self._validate_repeats()
         if self.residual_size is not None and not 0 < self.residual_size <= self.hidden_size:
             raise ValueError(f"residual_size {self.residual_size} is not in 1..{self.hidden_size}")
+
+    def _validate_repeats(self) -> None:
+        repeats = self.layer_repeats
+        if repeats < 1 or self.num_hidden_layers % repeats:
+            raise ValueError(f"{self.num_hidden_layers} layers cannot be blocks applied {repeats} times each")
+        if repeats > 1 and self.residual_size is not None:
+            raise ValueError("a layer that is repeated cannot change the basis of the residual stream")
+        for i, layer in enumerate(self.per_layer_config):
+            first = self.per_layer_config[i - i % repeats]
+            if any(getattr(layer, name) != getattr(first, name) for name in LAYER_WIDTHS):
+                raise ValueError(f"layers {i - i % repeats} and {i} share their weights but not their widths")
 
     def alike(self) -> PreTrainedConfig:
         """The configuration with every layer alike, from which stock classes build."""
@@ -203,10 +263,11 @@ class PrunedModelMixin(PreTrainedModel):
         super().__init__(config.alike())
         config._attn_implementation = self.config._attn_implementation
         self.config = config
-        last = config.num_hidden_layers - 1
+        last = config.num_hidden_layers // config.layer_repeats - 1
+        self.layers = self.layers[: last + 1]
         for i, layer in enumerate(self.layers):
             output_size = (config.head_size if i == last else None) or config.residual_size
-            self.layers[i] = _fit_layer(layer, config.per_layer_config[i], output_size)
+            self.layers[i] = _fit_layer(layer, config.per_layer_config[i * config.layer_repeats], output_size)
             # One configuration for all: set_attn_implementation changes it, and every layer must see that.
             self.layers[i].self_attn.config = config
         if config.residual_size is not None:

@@ -95,6 +95,15 @@ def test_the_residual_width_may_change_from_layer_to_layer(
     assert_equal(lm._loglikelihood_tokens(questions()), stock(sliced, questions()))
 
 
+@pytest.mark.parametrize("batch_tokens", [16, 4096])
+def test_every_application_of_a_shared_layer_carries_its_own_keys_and_values(
+    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, stock: Stock, batch_tokens: int
+) -> None:
+    model = make_tiny("shared-layers").model
+    assert_equal(scorer(model, letters, batch_tokens=batch_tokens)._loglikelihood_tokens(questions()),
+                 stock(model, questions()))  # fmt: skip
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 7, 50, 10_000])
 def test_the_size_of_a_batch_changes_nothing(
     make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, stock: Stock, batch_tokens: int

@@ -1,0 +1,113 @@
+"""Weight files of a checkpoint folder: which tensors they hold, and whether those are what the configuration says.
+
+All of it is read from the files' headers, so that a folder is refused before gigabytes are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.initialization import no_init_weights
+
+from harness.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, by name: those of the index where there is one.
+
+    Raises:
+        UserError: there is none, or the index names one that is missing.
+    """
+    if not (folder / INDEX).is_file():
+        single = sorted(folder.glob("*.safetensors"))
+        if not single:
+            raise UserError(f"{folder} holds no *.safetensors weights; pass a folder written by save_pretrained")
+        return single
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is not an index of weight files; download the checkpoint again") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files are missing); "
+            "download the checkpoint again"
+        )
+    return [folder / name for name in names]
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every stored tensor, from the headers alone.
+
+    Raises:
+        UserError: a file is cut off or is no safetensors file.
+    """
+    shapes = {}
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything stored, one at a time."""
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, file.get_tensor(name)
+
+
+def parameter_shapes(config: Any, model_class: type[Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that a configuration describes, tied ones once; nothing is allocated."""
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if config.tie_word_embeddings:
+        shapes.pop(HEAD, None)
+    return shapes
+
+
+def check_weights(folder: Path, expected: Shapes) -> None:
+    """Compare what is stored with what the configuration describes.
+
+    A stored head of a model with tied embeddings is allowed where it equals the embedding.
+
+    Raises:
+        UserError: naming the first tensor that is missing, has another shape, or is not in the configuration.
+    """
+    stored = stored_shapes(folder)
+    for name, shape in expected.items():
+        if name not in stored:
+            raise _contradiction(folder, f"there is no {name}, which config.json asks for")
+        if stored[name] != shape:
+            raise _contradiction(folder, f"{name} is {list(stored[name])} where config.json says {list(shape)}")
+    extra = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if extra == [HEAD]:
+        tensors = {name: tensor for name, tensor in read_tensors(folder) if name in (HEAD, EMBEDDING)}
+        if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+            raise _contradiction(folder, "config.json ties the embeddings, but a head that differs is stored")
+    elif extra:
+        raise _contradiction(folder, f"{extra[0]} is stored, which config.json knows nothing of")
+
+
+def _contradiction(folder: Path, what: str) -> UserError:
+    return UserError(f"the weights in {folder} contradict its config.json: {what}; pass a complete checkpoint")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut off or damaged ({error}); download or write it again") from error
