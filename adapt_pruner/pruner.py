@@ -17,7 +17,7 @@ from baselines.gradients import unit_gradient_scores
 from baselines.importance import TAYLOR, Criterion, QueryFold
 from harness.budget import ParameterTarget, unreachable
 from harness.errors import UserError
-from harness.method import LoadedModel, PrunedModel, ReimplementedMethod
+from harness.method import Footprint, LoadedModel, PrunedModel, ReimplementedMethod
 from harness.structure import ModelStructure, removed_params
 
 
@@ -108,6 +108,15 @@ class AdaptPruner(ReimplementedMethod):
     def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:
         """One model at a sparsity of all parameters: the published code's knob is a number of parameters too."""
         return next(self.prune(loaded, calibration, [ParameterTarget(knob, "total", loaded.params)], seed))
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """The model as it is now, and a micro-batch of 1024 tokens with the gradients of all its matrices."""
+        if self.importance not in TAYLOR:
+            return 2 * footprint.copy_bytes
+        moments = 2 if self.importance == "param_mix" else 1
+        gradients = moments * 4 * footprint.structure.prunable_params
+        # On the way to the next model only the scores are left of the pass.
+        return footprint.copy_bytes + max(footprint.backward_bytes(1024) + gradients, footprint.copy_bytes)
 
     def look(self, position: Position, calibration: Tensor, seed: int, target: ParameterTarget) -> Step:
         """Run the calibration tokens through the model as it is, and find the next step.

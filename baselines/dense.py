@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from harness.budget import unreachable
-from harness.method import LoadedModel, ParameterTarget, PrunedModel, PruningMethod
+from harness.method import Footprint, LoadedModel, ParameterTarget, PrunedModel, PruningMethod
 
 
 class Dense(PruningMethod):
@@ -18,6 +18,10 @@ class Dense(PruningMethod):
     paper: ClassVar[str] = "the model as it was published"
     needs_calibration: ClassVar[bool] = False
     needs_seed: ClassVar[bool] = False
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """Nothing: the model itself is the answer."""
+        return 0
 
     def prune(
         self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int

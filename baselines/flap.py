@@ -19,7 +19,7 @@ from torch import Tensor
 from baselines.activations import InputStatistics, input_statistics
 from baselines.ratio import Scores, keep_highest, meet_target, uniform_priority
 from harness.errors import UserError
-from harness.method import LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
+from harness.method import Footprint, LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
 from harness.models import assemble
 from harness.structure import CoupledGroup, KeepPlan, ModelStructure, apply_plan
 
@@ -94,6 +94,11 @@ class FLAP(ReimplementedMethod):
         statistics = self.statistics(loaded, calibration)
         plan = self.plan_at(self.scores(loaded.model, loaded.structure, statistics), loaded.structure, knob)
         return PrunedModel(self.compress(loaded, plan, statistics), {"pruning_ratio": knob}, kept=plan)
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """A micro-batch of 512 tokens, or later a pruned copy; one matrix and its squares in float64 beside either."""
+        one_matrix = 2 * 8 * footprint.largest_matrix
+        return max(footprint.forward_bytes(512), footprint.copy_bytes) + one_matrix
 
     def statistics(self, loaded: LoadedModel, calibration: Tensor) -> dict[str, InputStatistics]:
         """Module name (every o_proj and down_proj with something to remove) -> statistics of its input.

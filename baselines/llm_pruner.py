@@ -16,10 +16,10 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from baselines.gradients import matrix_scores
-from baselines.importance import Criterion, Grouping, QueryFold, unit_scores
+from baselines.importance import TAYLOR, Criterion, Grouping, QueryFold, unit_scores
 from baselines.ratio import Scores, global_plan, meet_target, uniform_plan, uniform_priority
 from harness.errors import UserError
-from harness.method import LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
+from harness.method import Footprint, LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
 from harness.models import remove_units
 from harness.structure import CoupledGroup, ModelStructure
 
@@ -93,6 +93,16 @@ class LLMPruner(ReimplementedMethod):
         """One model at a pruning ratio; nothing is random."""
         plan = self.plan_at(self.scores(loaded, calibration), loaded.structure, knob)
         return PrunedModel(remove_units(loaded.model, loaded.structure, plan), {"pruning_ratio": knob}, kept=plan)
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """A micro-batch of 1024 tokens forward and backward, with the gradients of all matrices of the range."""
+        if self.importance not in TAYLOR:
+            return footprint.copy_bytes
+        groups = self.groups(footprint.structure)
+        moments = 2 if self.importance == "param_mix" else 1
+        gradients = moments * 4 * sum(group.num_units * group.unit_params for group in groups)
+        layers = footprint.structure.num_layers - min(group.layer for group in groups)
+        return max(footprint.backward_bytes(1024, layers) + gradients, footprint.copy_bytes)
 
     def scores(self, loaded: LoadedModel, calibration: Tensor) -> dict[str, Tensor]:
         """Group name -> score per unit [num_units], for the groups in the range of layers.

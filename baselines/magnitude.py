@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baselines.ratio import meet_target, uniform_plan, uniform_priority
-from harness.method import LoadedModel, ParameterTarget, PrunedModel, PruningMethod
+from harness.method import Footprint, LoadedModel, ParameterTarget, PrunedModel, PruningMethod
 from harness.models import remove_units
 from harness.structure import CoupledGroup, ModelStructure
 
@@ -37,6 +37,10 @@ class Magnitude(PruningMethod):
         for target in targets:
             solved = meet_target(self.name, partial(uniform_plan, scores, structure), structure, target, priority)
             yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """A pruned copy, and before it the squares of one matrix in float32."""
+        return max(footprint.copy_bytes, 2 * 4 * footprint.largest_matrix)
 
     def scores(self, model: Any, structure: ModelStructure) -> dict[str, Tensor]:
         """Group name -> L2 norm of each unit's weights."""

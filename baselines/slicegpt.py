@@ -12,7 +12,7 @@ from torch import Tensor
 
 from baselines.slicegpt_rotation import SUBLAYERS, Slicer, reorient
 from harness.budget import ParameterTarget, unreachable
-from harness.method import LoadedModel, PrunedModel, ReimplementedMethod
+from harness.method import Footprint, LoadedModel, PrunedModel, ReimplementedMethod
 from harness.models.assemble import PRUNED_CLASSES, assemble
 from harness.records import ParamCounts
 from harness.structure import ModelStructure, count_parameters
@@ -68,6 +68,21 @@ class SliceGPT(ReimplementedMethod):
         if structure.model_type in supported:
             return None
         return f"slicegpt rotates dense models of type {', '.join(supported)}, not {structure.model_type}"
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """A whole new model with its shortcuts, the residual stream of every calibration token, and matrices of h x h.
+
+        The embedding and a matrix on its way into a basis exist in float32 too; second moments and bases in float64.
+        """
+        h = footprint.structure.hidden_size
+        shortcuts = 2 * footprint.structure.num_layers * h * h * footprint.bytes_per_weight
+        untied_head = h * footprint.vocab_size * footprint.bytes_per_weight
+        stream = footprint.calibration_tokens * h * footprint.bytes_per_weight
+        in_float64 = 8 * h * h * (2 * footprint.structure.num_layers + 4)
+        turned = 2 * 4 * h * footprint.vocab_size
+        micro_batch = footprint.forward_bytes(2048)
+        new_model = footprint.weight_bytes + untied_head + shortcuts
+        return new_model + stream + in_float64 + max(turned, micro_batch)
 
     def prune(
         self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int

@@ -288,6 +288,51 @@ def models() -> None:
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="Catalog name, hub id or folder.")] = "smollm2-135m",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, or `all`.")] = "all",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+) -> None:
+    """Say what comparing methods on a model needs, and whether this machine can; nothing is downloaded."""
+    from harness.doctor import diagnose, gigabytes, methods_to_check
+    from harness.models.loading import require_device
+    from harness.request import DTYPES, calibration_spec, model_ref, one_of
+
+    require_device(device)
+    found = diagnose(
+        model_ref(model),
+        methods_to_check(methods),
+        one_of("dtype", dtype, DTYPES),
+        device,
+        calibration_spec("wikipedia", calibration_samples, calibration_length),
+        batch_tokens,
+    )
+    seen = found.prospect
+    gate = ", gated: accept its licence on the hub and `hf auth login` first" if seen.gated else ""
+    console.print(
+        f"model     {seen.source}, {found.num_params:,} parameters, {gigabytes(found.weight_bytes)} in {found.dtype}\n"
+        f"download  {'about ' + gigabytes(seen.download_bytes) if seen.download_bytes else 'none'}{gate}\n"
+        f"disk      {gigabytes(found.disk_bytes)} needed, {gigabytes(found.free_disk_bytes)} free at {seen.cache}\n"
+        f"device    {found.device} ({found.device_name}), {gigabytes(found.memory_bytes)} of memory free",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("method", "peak while pruning", "peak while scoring", "fits")
+    for need in found.methods:
+        told = need.unsupported or ("yes" if found.fits(need) else "no")
+        table.add_row(need.method, gigabytes(need.pruning_bytes), gigabytes(need.scoring_bytes), told)
+    console.print(table)
+    if found.verdict is not None:
+        console.print(f"This machine cannot: {found.verdict}.", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    console.print("This machine can.", highlight=False)
+
+
+@app.command()
 def tasks() -> None:
     """List the tasks and task groups."""
     from harness.evaluation.tasks import known_tasks

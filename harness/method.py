@@ -11,10 +11,18 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Tensor
 
 from harness.budget import ParameterTarget
+from harness.footprint import Footprint
 from harness.models import LoadedModel
 from harness.structure import KeepPlan, ModelStructure
 
-__all__ = ["LoadedModel", "ParameterTarget", "PrunedModel", "PruningMethod", "ReimplementedMethod"]
+__all__ = [
+    "Footprint",
+    "LoadedModel",
+    "ParameterTarget",
+    "PrunedModel",
+    "PruningMethod",
+    "ReimplementedMethod",
+]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,14 @@ class PruningMethod(BaseModel, ABC):
     def why_unsupported(self, structure: ModelStructure) -> str | None:
         """Why this method cannot prune such a model, in a sentence; None where it can."""
         return None
+
+    def working_bytes(self, footprint: Footprint) -> int:
+        """Most memory held beside the dense weights while pruning, estimated from shapes; a pruned copy at the least.
+
+        Args:
+            footprint: the dense model's sizes and those of the calibration batch.
+        """
+        return footprint.copy_bytes
 
     @abstractmethod
     def prune(

@@ -38,9 +38,12 @@ TINY: dict[str, Any] = {
     "qwen2": Qwen2Config(**COMMON, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**COMMON, num_attention_heads=6, num_key_value_heads=2),
     "shared-layers": PrunedLlamaConfig(
-        **(COMMON | {"num_hidden_layers": 6}), num_attention_heads=6, num_key_value_heads=2, layer_repeats=2,
+        **(COMMON | {"num_hidden_layers": 6}),
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        layer_repeats=2,
         tie_word_embeddings=True,
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -46,8 +46,7 @@ def assemble(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTraine
         state: parameters by name, tied ones once; adopted, not copied. Without ``lm_head.weight`` the head is tied.
     """
     config = _config_for(config, state)
-    with torch.device("meta"), no_init_weights():
-        model = model_class(config)(config)
+    model = without_weights(config)
     _replace_rotary_buffers(model, config)
     parameters = {name: torch.nn.Parameter(tensor.detach()) for name, tensor in state.items()}
     if config.tie_word_embeddings:
@@ -58,13 +57,22 @@ def assemble(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTraine
     return model.eval()
 
 
-def pruned_form(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[Any]]:
-    """The pruned configuration that says the same as a stock one, and its model class."""
-    pruned_config, pruned_model = PRUNED_CLASSES[stock_config_class(config)]
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device: shapes, and nothing allocated."""
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = model_class(config)(config)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return model
+
+
+def pruned_form(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The pruned configuration that says the same as a stock one."""
+    pruned_config, _ = PRUNED_CLASSES[stock_config_class(config)]
     values = config.to_dict()
     values.pop("model_type", None)
     biased = {"o_proj_bias": bool(values.get("attention_bias")), "down_proj_bias": bool(values.get("mlp_bias"))}
-    return pruned_config(**{**biased, **values}), pruned_model
+    return pruned_config(**{**biased, **values})
 
 
 def stock_config_class(config: PreTrainedConfig) -> type[Any]:

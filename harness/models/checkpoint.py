@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from harness.errors import UserError
 
@@ -21,6 +21,22 @@ INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of a checkpoint's ``config.json``.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}); pass a folder written by save_pretrained") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; pass a folder written by save_pretrained")
+    return values
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -69,12 +85,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def parameter_shapes(config: Any, model_class: type[Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter that a configuration describes, tied ones once; nothing is allocated."""
-    with torch.device("meta"), no_init_weights():
-        model = model_class(config)
+def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model (on the meta device, say), tied ones once."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         shapes.pop(HEAD, None)
     return shapes
 

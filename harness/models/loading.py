@@ -14,12 +14,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from harness.errors import UserError, unknown_name
+from harness.errors import UserError
 from harness.models import mobilellm
-from harness.models.assemble import PRUNED_CLASSES, model_class
-from harness.models.catalog import CATALOG
-from harness.models.checkpoint import check_weights, parameter_shapes
-from harness.models.embedded import embedded_checkpoint
+from harness.models.assemble import PRUNED_CLASSES, without_weights
+from harness.models.checkpoint import check_weights, parameter_shapes, read_config
+from harness.models.source import checkpoint_folder
 from harness.records import Dtype, ModelRef, ParamCounts
 from harness.structure import ModelStructure, count_parameters, describe
 
@@ -61,7 +60,7 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
     require_device(device)
     folder = checkpoint_folder(ref)
     try:
-        model = _load_weights(folder, getattr(torch, dtype))
+        model = read_model(folder, getattr(torch, dtype))
         tokenizer = _load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or "no message"
@@ -73,31 +72,21 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
     return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=weights_sha256(folder))
 
 
-def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
+def read_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a checkpoint folder, its weights checked against its configuration before they are read.
+
+    Raises:
+        UserError: they contradict each other, or a file is damaged or missing.
+        Exception: what transformers raises for a configuration that it cannot make a model of.
+    """
     values = read_config(folder)
     if values.get("model_type") == mobilellm.MODEL_TYPE:
         return mobilellm.load_mobilellm(folder, values, dtype)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    check_weights(folder, parameter_shapes(config, model_class(config)))
+    check_weights(folder, parameter_shapes(without_weights(config)))
     return AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Content of a checkpoint's ``config.json``.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON ({error}); pass a folder written by save_pretrained") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object; pass a folder written by save_pretrained")
-    return values
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -134,28 +123,6 @@ def fast_dtype(device: str) -> Dtype:
     return "bfloat16" if native else "float32"
 
 
-def checkpoint_folder(ref: ModelRef) -> Path:
-    """The local folder of a checkpoint, converted or downloaded first where necessary.
-
-    Raises:
-        UserError: the name is neither in the catalog, nor a folder, nor a hub id that can be downloaded here.
-    """
-    entry = CATALOG.get(ref.name)
-    if entry is not None and entry.hub_id is None:
-        return embedded_checkpoint()
-    path = Path(ref.name).expanduser()
-    if entry is None and (path.is_dir() or ref.name.startswith((".", "/", "~"))):
-        if not path.is_dir():
-            raise UserError(f"there is no model folder {ref.name}; pass a save_pretrained folder or a hub id")
-        if not (path / "config.json").is_file():
-            raise UserError(f"{ref.name} has no config.json; pass a folder written by save_pretrained")
-        return path
-    if entry is None and ref.name.count("/") != 1:
-        raise unknown_name("model", ref.name, CATALOG, "harness models")
-    hub_id, pinned = (entry.hub_id, entry.revision) if entry is not None else (None, None)
-    return _download(hub_id or ref.name, ref.revision or pinned)
-
-
 def weights_sha256(folder: Path) -> str:
     """Hash of every weight file of a checkpoint, in the order of their names; kept beside the embedded checkpoint.
 
@@ -177,26 +144,3 @@ def _file_sha256(path: Path) -> str:
             return str(known)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{hub_id} is gated: accept its licence at huggingface.co/{hub_id}, then `hf auth login`, or pass a folder"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {hub_id} that you may read; check the id (`harness models` lists known ones), "
-            "log in with `hf auth login`, or pass a folder"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{hub_id} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
-            "download it elsewhere and pass its folder, or use the embedded model smollm2-135m"
-        ) from error

@@ -16,7 +16,7 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from harness.models.assemble import assemble, pruned_form
+from harness.models.assemble import assemble, pruned_form, without_weights
 from harness.models.checkpoint import check_weights, parameter_shapes, read_tensors
 
 MODEL_TYPE = "mobilellm"
@@ -67,7 +67,7 @@ def load_mobilellm(folder: Path, values: Mapping[str, Any], dtype: torch.dtype) 
         UserError: the weights are not those that the configuration describes.
     """
     config = llama_config(values)
-    shapes = parameter_shapes(*pruned_form(config))
+    shapes = parameter_shapes(without_weights(pruned_form(config)))
     check_weights(folder, shapes)
     state = {name: tensor.to(dtype) for name, tensor in read_tensors(folder) if name in shapes}
     return assemble(config, state)

@@ -35,7 +35,6 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-
 LAYER_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """What ``per_layer_config`` gives every layer."""
 
@@ -258,6 +257,7 @@ class PrunedModelMixin(PreTrainedModel):
     """A stock base model whose layers are fitted to ``per_layer_config``."""
 
     config: Any
+    layers: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config.alike())

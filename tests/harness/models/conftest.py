@@ -1,8 +1,9 @@
-"""A tiny checkpoint in the layout that the hub's MobileLLM checkpoints have, with a tokenizer trained on the spot."""
+"""Tiny checkpoints as the hub has them, a tokenizer trained on the spot, and a Llama written out in plain torch."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+HEAD_DIM, GROUP = 8, 3
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog near the river bank, twice a day.",
@@ -131,3 +134,55 @@ def random_state(config: dict[str, object]) -> dict[str, Tensor]:
     if not config["share_embedding"]:
         state["lm_head.weight"] = normal(vocab, hidden)
     return state
+
+
+def rotated(x_THD: Tensor, frequency_F: Tensor) -> Tensor:
+    """Rotary embedding, the halves of a head rotated against each other."""
+    half = HEAD_DIM // 2
+    angle_TF = torch.arange(len(x_THD)).double()[:, None] * frequency_F
+    cos, sin = angle_TF.cos()[:, None], angle_TF.sin()[:, None]
+    first, second = x_THD[..., :half], x_THD[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def block(x_TC: Tensor, w: Callable[[str], Tensor], frequency_F: Tensor) -> Tensor:
+    given = rms_norm(x_TC, w("input_layernorm"))
+    q, k, v = ((given @ w(f"self_attn.{n}_proj").T).view(len(x_TC), -1, HEAD_DIM) for n in "qkv")
+    q, k = rotated(q, frequency_F), rotated(k, frequency_F)
+    heads = []
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ k[:, head // GROUP].T / math.sqrt(HEAD_DIM)
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ v[:, head // GROUP])
+    x_TC = x_TC + torch.cat(heads, dim=-1) @ w("self_attn.o_proj").T
+    given = rms_norm(x_TC, w("post_attention_layernorm"))
+    gate = given @ w("mlp.gate_proj").T
+    return x_TC + (gate * gate.sigmoid() * (given @ w("mlp.up_proj").T)) @ w("mlp.down_proj").T
+
+
+def frequencies(base: float = 10000.0) -> Tensor:
+    """Radians per token of each pair of channels."""
+    half = HEAD_DIM // 2
+    return 1 / base ** (torch.arange(half).double() / half)
+
+
+@pytest.fixture
+def plain_logits() -> Callable[..., Tensor]:
+    """``plain_logits(state, tokens, applications=1, frequency_F=...)``: a three-layer Llama in plain torch, [T, V]."""
+
+    def forward(
+        state: dict[str, Tensor], tokens_T: Tensor, applications: int = 1, frequency_F: Tensor | None = None
+    ) -> Tensor:
+        frequency_F = frequencies() if frequency_F is None else frequency_F
+        x_TC = state["model.embed_tokens.weight"][tokens_T]
+        for i in range(3):
+            for _ in range(applications):
+                x_TC = block(x_TC, lambda name, i=i: state[f"model.layers.{i}.{name}.weight"], frequency_F)
+        head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
+        return rms_norm(x_TC, state["model.norm.weight"]) @ head.T
+
+    return forward
