@@ -13,7 +13,8 @@ from torch import Tensor
 from baselines.slicegpt_rotation import SUBLAYERS, Slicer, reorient
 from harness.budget import ParameterTarget, unreachable
 from harness.method import Footprint, LoadedModel, PrunedModel, ReimplementedMethod
-from harness.models.assemble import PRUNED_CLASSES, assemble
+from harness.models.assemble import assemble
+from harness.models.registration import PRUNED_CLASSES
 from harness.records import ParamCounts
 from harness.structure import ModelStructure, count_parameters
 

@@ -138,6 +138,9 @@ def prune(
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, such as metric=wifn.")] = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
+    results: Annotated[Path, typer.Option(help="Results folder whose scores of this model go into its card.")] = Path(
+        "results"
+    ),
 ) -> None:
     """Prune one model and save it as a folder that from_pretrained loads."""
     from harness.request import BASES, DTYPES, calibration_spec, model_ref, one_of, one_sparsity, settings_of
@@ -154,6 +157,7 @@ def prune(
         dtype=one_of("dtype", dtype, DTYPES),
         device=device,
         out=out,
+        results=results,
     )
     console.print(
         f"{out}: {pruned.params_after.total:,} of {pruned.params_before.total:,} parameters "

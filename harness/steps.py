@@ -11,15 +11,17 @@ from pydantic import JsonValue
 
 from harness.budget import ParameterTarget
 from harness.calibration import draw_calibration
+from harness.card import Origin, Outcome, matching, model_card
 from harness.errors import UserError
 from harness.export import Exported, export_gguf
 from harness.method import PrunedModel
-from harness.models import LoadedModel, load_model
-from harness.models.loading import checkpoint_folder
+from harness.models import load_model
 from harness.models.saving import refuse_existing, save_model
+from harness.models.source import checkpoint_folder
 from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef, ParamCounts
 from harness.registry import build_method
-from harness.structure import count_parameters
+from harness.store import Store
+from harness.structure import count_parameters, describe, layer_widths
 
 if TYPE_CHECKING:
     from harness.evaluation.run import Evaluation
@@ -47,13 +49,15 @@ def prune_and_save(
     dtype: Dtype,
     device: str,
     out: Path,
+    results: Path,
 ) -> SavedModel:
-    """Prune one model to one sparsity and save it as a folder.
+    """Prune one model to one sparsity and save it as a folder, its card with the scores that ``results`` has of it.
 
     Raises:
         UserError: the method cannot prune this model that far, or the folder cannot be written.
     """
     refuse_existing(out)
+    on_record = list(Store(results).records())
     competitor = build_method(method, params)
     loaded = load_model(model, dtype, device)
     reason = competitor.why_unsupported(loaded.structure)
@@ -68,9 +72,15 @@ def prune_and_save(
     after = count_parameters(pruned.model.named_parameters())
     if not target.is_met_by(after, competitor.tolerance):
         raise UserError(f"{method} ended at {after.on(basis):,} {basis} parameters, the target being {target.params:,}")
-    card = _card(model, method, competitor.model_dump(mode="json"), target, loaded, after, pruned)
+    used = calibration if competitor.needs_calibration else None
+    asked = competitor.model_dump(mode="json")
+    origin = Origin(
+        model, method, asked, target, seed if competitor.needs_seed else 0, dtype, used, loaded.weights_sha256
+    )
+    outcome = _outcome(pruned, after)
+    card = model_card(origin, outcome, matching(on_record, origin, outcome))
     save_model(pruned.model, loaded.tokenizer, out, card)
-    return SavedModel(loaded.params, after, target.params, type(pruned.model).__name__)
+    return SavedModel(loaded.params, after, target.params, outcome.class_name)
 
 
 def evaluate_folder(model: ModelRef, spec: EvaluationSpec, dtype: Dtype, device: str, batch_tokens: int) -> Evaluation:
@@ -99,38 +109,11 @@ def export_model(model: ModelRef, precision: str, out: Path) -> Exported:
     return export_gguf(loaded.model, loaded.tokenizer, out, name=Path(model.name).name, precision=precision)
 
 
-def _card(
-    model: ModelRef,
-    method: str,
-    params: dict[str, JsonValue],
-    target: ParameterTarget,
-    loaded: LoadedModel,
-    after: ParamCounts,
-    pruned: PrunedModel,
-) -> str:
-    settings = "\n".join(f"- {name}: {value}" for name, value in {**params, **pruned.knob}.items())
-    total = 1 - after.total / loaded.params.total
-    inner = 1 - (after.total - after.embedding) / (loaded.params.total - loaded.params.embedding)
-    return f"""---
-library_name: transformers
-base_model: {model.name}
-tags: [pruning, {method}]
----
-
-# {model.name}, {target.sparsity:.0%} pruned with {method}
-
-| | dense | pruned | removed |
-|---|---:|---:|---:|
-| all parameters | {loaded.params.total:,} | {after.total:,} | {total:.2%} |
-| without embeddings | {loaded.params.on("non-embedding"):,} | {after.on("non-embedding"):,} | {inner:.2%} |
-
-Dense weights: SHA-256 of the checkpoint's files `{loaded.weights_sha256}`.
-
-Settings of {method}:
-
-{settings}
-
-Load with `AutoModelForCausalLM.from_pretrained(folder)` after `import harness.models`, or with
-`trust_remote_code=True` where the harness is not installed (the folder then brings its own modelling file, if it
-needs one).
-"""
+def _outcome(pruned: PrunedModel, params: ParamCounts) -> Outcome:
+    return Outcome(
+        params=params,
+        layers=layer_widths(describe(pruned.model)),
+        knob=dict(pruned.knob),
+        class_name=type(pruned.model).__name__,
+        tied=bool(pruned.model.config.tie_word_embeddings),
+    )

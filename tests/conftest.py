@@ -66,7 +66,7 @@ def tiny(request: pytest.FixtureRequest) -> LoadedModel:
     return LoadedModel(model=tiny_model(request.param), tokenizer=None, weights_sha256=request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., LoadedModel]:
     """A tiny model by its shape: ``make_tiny("grouped-query", torch.float32)``."""
 

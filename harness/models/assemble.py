@@ -8,20 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from harness.errors import UserError
-from harness.models import modeling_pruned as pruned
+from harness.models.registration import PRUNED_CLASSES
 from harness.structure import KeepPlan, ModelStructure, apply_plan
-
-# Stock configuration -> configuration and model of its pruned form.
-PRUNED_CLASSES: dict[type[Any], tuple[type[Any], type[Any]]] = {
-    LlamaConfig: (pruned.PrunedLlamaConfig, pruned.PrunedLlamaForCausalLM),
-    MistralConfig: (pruned.PrunedMistralConfig, pruned.PrunedMistralForCausalLM),
-    Qwen2Config: (pruned.PrunedQwen2Config, pruned.PrunedQwen2ForCausalLM),
-    Qwen3Config: (pruned.PrunedQwen3Config, pruned.PrunedQwen3ForCausalLM),
-}
 
 
 def remove_units(model: PreTrainedModel, structure: ModelStructure, plan: KeepPlan) -> PreTrainedModel:

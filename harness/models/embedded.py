@@ -15,6 +15,7 @@ from platformdirs import user_cache_path
 from harness.assets import asset_folder
 from harness.errors import UserError
 from harness.models.assemble import assemble
+from harness.models.hashes import file_sha256
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -72,7 +73,5 @@ def _convert(gguf: Path, folder: Path) -> None:
 def note_hashes(folder: Path) -> None:
     """Write the hash of every weight file beside it, so that nobody reads a checkpoint only to name it."""
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         stat = path.stat()
-        path.with_suffix(".sha256.json").write_text(json.dumps([stat.st_size, stat.st_mtime_ns, digest]))
+        path.with_suffix(".sha256.json").write_text(json.dumps([stat.st_size, stat.st_mtime_ns, file_sha256(path)]))

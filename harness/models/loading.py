@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.errors import UserError
 from harness.models import mobilellm
-from harness.models.assemble import PRUNED_CLASSES, without_weights
+from harness.models.assemble import without_weights
 from harness.models.checkpoint import check_weights, parameter_shapes, read_config
+from harness.models.hashes import weights_sha256
 from harness.models.source import checkpoint_folder
 from harness.records import Dtype, ModelRef, ParamCounts
 from harness.structure import ModelStructure, count_parameters, describe
-
-for _config_class, _model_class in PRUNED_CLASSES.values():
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,7 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
     """
     require_device(device)
     folder = checkpoint_folder(ref)
+    digest = weights_sha256(folder)
     try:
         model = read_model(folder, getattr(torch, dtype))
         tokenizer = _load_tokenizer(folder)
@@ -69,7 +65,7 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
             "pass a complete save_pretrained folder"
         ) from error
     model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=weights_sha256(folder))
+    return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=digest)
 
 
 def read_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -121,26 +117,3 @@ def fast_dtype(device: str) -> Dtype:
         # Without these instructions bfloat16 is converted to float32 and back for every product.
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
-
-
-def weights_sha256(folder: Path) -> str:
-    """Hash of every weight file of a checkpoint, in the order of their names; kept beside the embedded checkpoint.
-
-    A folder may carry it in ``weights.sha256.json`` (name -> [size, mtime_ns, hash]), so that big checkpoints are read
-    once.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(_file_sha256(path).encode())
-    return digest.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    stat = path.stat()
-    note = path.with_suffix(".sha256.json")
-    if note.is_file():
-        size, mtime, known = json.loads(note.read_text())
-        if (size, mtime) == (stat.st_size, stat.st_mtime_ns):
-            return str(known)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

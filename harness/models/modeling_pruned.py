@@ -30,10 +30,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
 LAYER_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """What ``per_layer_config`` gives every layer."""
@@ -65,6 +65,7 @@ class HeadlessMixer(nn.Module):
     implementation can be set; those of this file's models are the stock ones, and it can.)
     """
 
+    q_proj: nn.Linear
     o_proj: nn.Linear
 
     def __init__(self, attention: Any) -> None:
@@ -80,7 +81,8 @@ class HeadlessMixer(nn.Module):
             # The cache counts the tokens seen in layer 0: a layer without heads keeps one empty-handed head there.
             token = hidden_states.new_zeros(batch, 1, length, 1)
             past_key_values.update(token, token, self.layer_idx)
-        output: torch.Tensor = self.o_proj(hidden_states.new_zeros(batch, length, 0))
+        # Through the empty projection, so that every parameter with elements is part of the graph.
+        output: torch.Tensor = self.o_proj(self.q_proj(hidden_states))
         return output, None
 
 
@@ -197,6 +199,10 @@ def _fit_layer(layer: Any, config: PreTrainedConfig, output_size: int) -> Any:
     return layer if config.layer_repeats == 1 else RepeatedDecoderLayer(layer, config.layer_repeats)
 
 
+LAYER_CLASSES = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, SlicedDecoderLayer,
+                 RepeatedDecoderLayer)  # fmt: skip
+
+
 class PrunedConfigMixin(PreTrainedConfig):
     """What a pruned model's configuration says beyond its dense model's.
 
@@ -256,6 +262,12 @@ class PrunedConfigMixin(PreTrainedConfig):
 class PrunedModelMixin(PreTrainedModel):
     """A stock base model whose layers are fitted to ``per_layer_config``."""
 
+    # A residual sum needs both its terms in one place: layers are placed on devices whole.
+    _no_split_modules = [layer.__name__ for layer in LAYER_CLASSES]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": list(LAYER_CLASSES),
+        "attentions": [LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention],
+    }
     config: Any
     layers: Any
 

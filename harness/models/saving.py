@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.durable import disk_errors
+from safetensors import SafetensorError
+
+from harness.durable import disk_errors, sync_folder
 from harness.errors import UserError
 from harness.models import modeling_pruned
+from harness.models.hashes import write_sums
 
 
 def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
@@ -33,12 +37,15 @@ def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
     """
     refuse_existing(out)
     with _whole_folder(out) as folder:
-        if type(model).__module__ == modeling_pruned.__name__:
-            _add_modelling_file(model, folder)
-        model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card)
+        if type(model).__module__ == modeling_pruned.__name__:
+            _add_modelling_file(model, folder)
+        # The weights come last, so that a folder whose weights are whole is whole.
+        model.save_pretrained(folder)
+        write_sums(folder)
+        _sync(folder)
 
 
 def refuse_existing(out: Path) -> None:
@@ -63,10 +70,31 @@ def _add_modelling_file(model: Any, folder: Path) -> None:
 @contextlib.contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its name when the block ends well, and is removed when it does not."""
-    with disk_errors(out.parent):
+    with disk_errors(out.parent), _safetensors_errors():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
             folder = Path(scratch) / out.name
             folder.mkdir()
             yield folder
             os.replace(folder, out)
+            sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """Turn what safetensors says of the disk into the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code)) from error
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file to the disk: a full disk shows here, and no rename precedes its data."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -157,6 +157,22 @@ def test_prune_saves_a_folder_that_loads_evaluates_and_exports(checkpoint: Path,
     assert gguf.read_bytes()[:4] == b"GGUF"
 
 
+def test_the_card_of_a_pruned_folder_has_the_scores_of_the_run_that_it_equals(
+    compared: tuple[Path, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    results, _ = compared
+    record = next(r for r in Store(results).records() if (r.spec.method, r.spec.sparsity) == ("flap", 0.02))
+    arguments = ["--method", "flap", "--sparsity", "0.02", "--basis", "non-embedding", "--model", str(checkpoint)]
+    harness("prune", *arguments, *CALIBRATION, "--results", str(results), "--out", str(tmp_path / "pruned"))
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert f"base_model: {record.spec.model.name}" in card
+    assert f"{record.params_before.total:,} | {record.params_after.total:,}" in card
+    assert f"Run `{record.spec.run_id}` (2 documents a task" in card
+    assert all(f"| {m.name} | {m.value:.4f} |" in card for m in record.measures)
+    assert "- metric: wifv" in card
+    assert "- calibration: 4 x 32 tokens of wikipedia" in card
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
