@@ -1,8 +1,8 @@
-"""Tells transformers of pruned models as soon as a program uses its Auto classes, so that they load like stock ones.
+"""Tells transformers of pruned models when a program imports its Auto model classes, so that they load like stock ones.
 
 transformers has no entry points: it knows a model type that is registered in the running process, or code that comes
 with the folder and must be trusted. An installed ``adapt_pruner_harness.pth`` imports this file when Python starts; it
-imports nothing but the standard library and does nothing until transformers' Auto classes are imported.
+imports nothing but the standard library and does nothing until transformers' Auto model classes are imported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 REGISTERS = "harness.models.registration"
 
 
 class AutoClassesFinder(MetaPathFinder):
-    """Finds the Auto classes as Python would, once, and has pruned models registered after they ran."""
+    """Finds the Auto model classes as Python would, once, and has pruned models registered after they ran."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of transformers' Auto classes with a loader that goes on to register; None for all else."""
+        """The spec of the Auto model classes with a loader that goes on to register; None for all else."""
         if fullname != AUTO_CLASSES:
             return None
         sys.meta_path.remove(self)

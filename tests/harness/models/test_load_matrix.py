@@ -151,7 +151,7 @@ def test_saved_folders_hold_safetensors_and_the_layers_schema_of_transformers(fo
     for folder in folders:
         files = {path.name for path in folder.iterdir()} - {"expected.pt"}
         code = set() if folder.name in STOCK else {"modeling_pruned.py"}
-        assert files == {"config.json", "generation_config.json", "model.safetensors", "README.md"} | code
+        assert files == {"config.json", "generation_config.json", "model.safetensors", "README.md", "SHA256SUMS"} | code
         config = json.loads((folder / "config.json").read_text())
         if folder.name in STOCK:
             assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
