@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from adapt_pruner.course import Position, Step, normalised, observe_layers
 from adapt_pruner.layer_importance import DistanceSign, LayerImportance, LayerMetric
+from adapt_pruner.leaving import leaving_scores
 from adapt_pruner.sparsity import MAX_SPARSITY, SparsityState
 from adapt_pruner.step import partial_step, whole_step, widths_after
 from baselines.gradients import unit_gradient_scores
@@ -18,6 +20,8 @@ from baselines.importance import TAYLOR, Criterion, QueryFold
 from harness.budget import ParameterTarget, unreachable
 from harness.errors import UserError
 from harness.method import Footprint, LoadedModel, PrunedModel, ReimplementedMethod
+from harness.models import remove_units
+from harness.rounding import rounded
 from harness.structure import ModelStructure, removed_params
 
 
@@ -94,6 +98,7 @@ class AdaptPruner(ReimplementedMethod):
         """
         self._check_samples(calibration)
         position = Position.start(loaded.model, loaded.structure)
+        passed = [position.kept]
         step: Step | None = None
         for target in targets:
             self._check_reachable(loaded.structure, target)
@@ -102,7 +107,12 @@ class AdaptPruner(ReimplementedMethod):
                 if self.stop == "exact" and self._removed_by(position, step) > target.to_remove:
                     break
                 position, step = position.after(step.plan, step), None
+                passed.append(position.kept)
             ended = position if step is None else self.end_at(target, position, step, calibration, seed)
+            if target.is_rounded:
+                scores = leaving_scores(loaded.structure, [*passed, ended.kept], step.scores if step else {})
+                plan = rounded(ended.kept, loaded.structure, scores, target)
+                ended = replace(ended, model=remove_units(loaded.model, loaded.structure, plan), kept=plan)
             yield _answer(ended)
 
     def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:

@@ -86,7 +86,9 @@ class FLAP(ReimplementedMethod):
         added = len(self._new_biases(loaded)) * structure.hidden_size
         for target in targets:
             plan_at = partial(self.plan_at, scores, structure)
-            solved = meet_target(self.name, plan_at, structure, target, priority, added_params=added, min_channels=0)
+            solved = meet_target(
+                self.name, plan_at, structure, target, priority, added_params=added, min_channels=0, scores=scores
+            )
             yield PrunedModel(self.compress(loaded, solved.plan, statistics), solved.knob, kept=solved.plan)
 
     def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:

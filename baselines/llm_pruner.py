@@ -86,7 +86,8 @@ class LLMPruner(ReimplementedMethod):
         if self.ranking == "global":
             priority = {name: scores[name] for name in priority}
         for target in targets:
-            solved = meet_target(self.name, partial(self.plan_at, scores, structure), structure, target, priority)
+            plan_at = partial(self.plan_at, scores, structure)
+            solved = meet_target(self.name, plan_at, structure, target, priority, scores=scores)
             yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
 
     def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:

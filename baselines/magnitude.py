@@ -35,7 +35,9 @@ class Magnitude(PruningMethod):
         scores = self.scores(loaded.model, structure)
         priority = uniform_priority(scores, structure)
         for target in targets:
-            solved = meet_target(self.name, partial(uniform_plan, scores, structure), structure, target, priority)
+            solved = meet_target(
+                self.name, partial(uniform_plan, scores, structure), structure, target, priority, scores=scores
+            )
             yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
 
     def working_bytes(self, footprint: Footprint) -> int:

@@ -30,7 +30,9 @@ class Random(PruningMethod):
         scores = self.scores(structure, seed)
         priority = uniform_priority(scores, structure)
         for target in targets:
-            solved = meet_target(self.name, partial(uniform_plan, scores, structure), structure, target, priority)
+            solved = meet_target(
+                self.name, partial(uniform_plan, scores, structure), structure, target, priority, scores=scores
+            )
             yield PrunedModel(remove_units(loaded.model, structure, solved.plan), solved.knob, kept=solved.plan)
 
     def scores(self, structure: ModelStructure, seed: int) -> dict[str, Tensor]:

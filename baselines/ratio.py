@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.budget import ParameterTarget, close_gap, solve_knob, unreachable
+from harness.rounding import rounded
 from harness.structure import CoupledGroup, KeepPlan, ModelStructure, removed_params
 
 Scores = Mapping[str, Tensor]
@@ -89,6 +90,7 @@ def meet_target(
     *,
     added_params: int = 0,
     min_channels: int = 1,
+    scores: Scores | None = None,
 ) -> SolvedPlan:
     """The largest ratio that does not overshoot the target, and single MLP channels for what is still missing.
 
@@ -100,6 +102,7 @@ def meet_target(
         priority: MLP group name -> number per channel, the lowest leave first in the last stretch.
         added_params: parameters the method adds, to be removed on top.
         min_channels: channels every MLP keeps.
+        scores: group name -> number per unit, for targets that want one number of heads in all layers.
 
     Raises:
         UnreachableSparsityError: all that the method may remove is not enough.
@@ -111,7 +114,10 @@ def meet_target(
     finest = min((structure.by_name[name].unit_params for name in priority), default=0)
     if to_remove - removed >= max(finest, 1):
         raise unreachable(method, target, removed - added_params)
-    stretch = removed - removed_params(structure, coarse)
+    if target.is_rounded:
+        plan = rounded(plan, structure, {**(scores or {}), **priority}, target, added_params)
+        removed = removed_params(structure, plan)
+    stretch = max(removed - removed_params(structure, coarse), 0)
     return SolvedPlan(plan, ratio, stretch / removed if removed else 0.0)
 
 

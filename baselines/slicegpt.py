@@ -11,7 +11,7 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from baselines.slicegpt_rotation import SUBLAYERS, Slicer, reorient
-from harness.budget import ParameterTarget, unreachable
+from harness.budget import ParameterTarget, UnreachableSparsityError, unreachable
 from harness.method import Footprint, LoadedModel, PrunedModel, ReimplementedMethod
 from harness.models.assemble import assemble
 from harness.models.registration import PRUNED_CLASSES
@@ -91,6 +91,11 @@ class SliceGPT(ReimplementedMethod):
         """One sliced model per target; each needs a pass of its own, for its signals come from sliced blocks."""
         slicer = self.slicer(loaded.model, calibration)
         for target in targets:
+            if target.is_rounded:
+                raise UnreachableSparsityError(
+                    "slicegpt cuts the residual stream to one width, whose single steps are as coarse as the target "
+                    "allows; it has no layer widths to round"
+                )
             yield self._sliced(loaded, slicer, solve_width(loaded.model, target, self.slice_head), seed)
 
     def prune_at(self, loaded: LoadedModel, calibration: Tensor, knob: float, seed: int) -> PrunedModel:

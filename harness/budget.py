@@ -30,6 +30,17 @@ class ParameterTarget:
     """Fraction to remove, in [0, 1)."""
     basis: Basis
     dense: ParamCounts
+    round_to: int = 1
+    """MLP widths must be multiples of this."""
+    uniform: bool = False
+    """Whether all layers must have one width and one number of heads."""
+    finest_step: int = 0
+    """Parameters by which rounded widths differ at the least, so that a model may end this far above the target."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether widths are not free."""
+        return self.round_to > 1 or self.uniform
 
     @property
     def params(self) -> int:
@@ -46,8 +57,36 @@ class ParameterTarget:
         return counts.on(self.basis) - self.params
 
     def is_met_by(self, counts: ParamCounts, tolerance: float) -> bool:
-        """Whether a model has the target's size: at or above it by at most ``tolerance`` of the dense count."""
-        return 0 <= self.excess(counts) <= tolerance * self.dense.total
+        """Whether a model has the target's size: at or above it by at most ``tolerance`` of the dense count.
+
+        Rounded widths may end one step above it, where that is more.
+        """
+        return 0 <= self.excess(counts) <= max(tolerance * self.dense.total, self.finest_step)
+
+
+def target_for(
+    sparsity: float,
+    basis: Basis,
+    dense: ParamCounts,
+    structure: ModelStructure,
+    round_to: int | None,
+    uniform: bool | None,
+) -> ParameterTarget:
+    """A target whose finest step is that of the model's widths.
+
+    Args:
+        sparsity: fraction to remove.
+        basis: of which parameters.
+        dense: counts of the dense model.
+        structure: its groups.
+        round_to: multiple of MLP widths; None leaves them free.
+        uniform: one width for all layers.
+    """
+    if round_to is None and not uniform:
+        return ParameterTarget(sparsity, basis, dense)
+    channel = max(group.unit_params for group in structure.mlp)
+    step = (round_to or 1) * channel * (structure.num_layers if uniform else 1)
+    return ParameterTarget(sparsity, basis, dense, round_to or 1, bool(uniform), step)
 
 
 def unreachable(method: str, target: ParameterTarget, most_removed: int) -> UnreachableSparsityError:

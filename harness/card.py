@@ -37,6 +37,7 @@ class Origin:
             and (spec.method, spec.method_params, spec.seed, spec.dtype, spec.calibration)
             == (self.method, self.params, self.seed, self.dtype, self.calibration)
             and (spec.sparsity, spec.basis) == (self.target.sparsity, self.target.basis)
+            and (spec.round_to or 1, bool(spec.uniform)) == (self.target.round_to, self.target.uniform)
         )
 
 
@@ -102,6 +103,7 @@ def _sizes(origin: Origin, outcome: Outcome) -> str:
 def _settings(origin: Origin, outcome: Outcome) -> str:
     asked = {
         "sparsity": f"{origin.target.sparsity:g} of the {origin.target.basis} parameters",
+        "widths": _rounding(origin.target),
         "seed": origin.seed,
         "dtype": origin.dtype,
         "calibration": _calibration(origin.calibration),
@@ -114,6 +116,11 @@ def _settings(origin: Origin, outcome: Outcome) -> str:
         lines += ["", "Solved for the counted size:", ""]
         lines += [f"- {name}: {value:g}" for name, value in outcome.knob.items()]
     return "\n".join(lines)
+
+
+def _rounding(target: ParameterTarget) -> str:
+    free = "free" if target.round_to == 1 else f"multiples of {target.round_to}"
+    return f"{free}, one for all layers" if target.uniform else free
 
 
 def _calibration(spec: CalibrationSpec | None) -> str:

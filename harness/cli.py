@@ -64,6 +64,12 @@ def compare(
     efficiency: Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")] = True,
     set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Make MLP widths multiples of this, under the same target.")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     out: Out = Path("results"),
     force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
@@ -136,6 +142,12 @@ def prune(
     calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, such as metric=wifn.")] = [],  # noqa: B006
+    round_to: Annotated[
+        int | None, typer.Option(help="Make MLP widths multiples of this, under the same target.")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
     results: Annotated[Path, typer.Option(help="Results folder whose scores of this model go into its card.")] = Path(
@@ -143,7 +155,16 @@ def prune(
     ),
 ) -> None:
     """Prune one model and save it as a folder that from_pretrained loads."""
-    from harness.request import BASES, DTYPES, calibration_spec, model_ref, one_of, one_sparsity, settings_of
+    from harness.request import (
+        BASES,
+        DTYPES,
+        calibration_spec,
+        model_ref,
+        one_multiple,
+        one_of,
+        one_sparsity,
+        settings_of,
+    )
     from harness.steps import prune_and_save
 
     pruned = prune_and_save(
@@ -158,6 +179,8 @@ def prune(
         device=device,
         out=out,
         results=results,
+        round_to=one_multiple(round_to),
+        uniform=uniform or None,
     )
     console.print(
         f"{out}: {pruned.params_after.total:,} of {pruned.params_before.total:,} parameters "

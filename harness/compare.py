@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -32,6 +32,8 @@ class Comparison(BaseModel):
     evaluation: EvaluationSpec
     efficiency: EfficiencySpec | None = None
     """None does not measure what running the models costs."""
+    round_to: int | None = None
+    uniform: Literal[True] | None = None
 
 
 class Executor(Protocol):
@@ -64,6 +66,8 @@ def expand(comparison: Comparison) -> list[list[RunSpec]]:
                         calibration=comparison.calibration if method.needs_calibration else None,
                         evaluation=comparison.evaluation,
                         efficiency=comparison.efficiency,
+                        round_to=comparison.round_to if name != "dense" else None,
+                        uniform=comparison.uniform if name != "dense" else None,
                     )
                     key = spec.model_copy(update={"sparsity": 0.0}).run_id
                     tracks.setdefault(key, {})[spec.run_id] = spec

@@ -93,6 +93,10 @@ class RunSpec(Frozen):
     """Of the weights while pruning and scoring."""
     calibration: CalibrationSpec | None
     """None for methods that look at no data."""
+    round_to: Annotated[int, Field(ge=2)] | None = None
+    """MLP widths are multiples of this; None leaves them free."""
+    uniform: Literal[True] | None = None
+    """All layers have one width and one number of kv heads; None leaves them free."""
     evaluation: EvaluationSpec
     efficiency: EfficiencySpec | None = None
     """None measures none."""

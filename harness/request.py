@@ -78,6 +78,8 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
         basis=one_of("basis", settings["basis"], BASES),
         seeds=tuple(_whole_number("seed", value) for value in _listed(settings["seeds"])),
         dtype=one_of("dtype", settings["dtype"], DTYPES),
+        round_to=one_multiple(settings["round_to"]),
+        uniform=True if settings["uniform"] else None,
         calibration=calibration_spec(
             settings["calibration"], settings["calibration_samples"], settings["calibration_length"]
         ),
@@ -154,6 +156,17 @@ def one_sparsity(value: str | float) -> float:
     if not 0 <= number < 1:
         raise UserError(f"sparsity {value} is not in [0, 1); pass the fraction to remove, such as 0.2 for 20%")
     return number
+
+
+def one_multiple(value: int | None) -> int | None:
+    """A multiple for widths; 1 and none leave them free.
+
+    Raises:
+        UserError: it is not positive.
+    """
+    if value is not None and value < 1:
+        raise UserError(f"--round-to {value} is not a multiple; pass a positive number, such as 64")
+    return None if value == 1 else value
 
 
 def model_ref(name: str) -> ModelRef:

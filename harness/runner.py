@@ -98,7 +98,7 @@ class _Context:
 def _records(track: Track, emit: Emit) -> Iterator[tuple[RunRecord, Any]]:
     import torch
 
-    from harness.budget import ParameterTarget
+    from harness.budget import target_for
     from harness.calibration import draw_calibration
     from harness.efficiency import measured
     from harness.evaluation.quiet import quiet
@@ -123,7 +123,10 @@ def _records(track: Track, emit: Emit) -> Iterator[tuple[RunRecord, Any]]:
         for spec in track.specs:
             yield RunRecord(spec=spec, status="unsupported", reason=reason, params_before=loaded.params), None
         return
-    targets = [ParameterTarget(spec.sparsity, spec.basis, loaded.params) for spec in track.specs]
+    targets = [
+        target_for(spec.sparsity, spec.basis, loaded.params, loaded.structure, spec.round_to, spec.uniform)
+        for spec in track.specs
+    ]
     pruned_models = _prune(context, method, targets)
     for spec, target in zip(track.specs, targets, strict=True):
         emit(Event(kind="phase", run_id=spec.run_id, text="pruning"))

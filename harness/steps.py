@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from harness.budget import ParameterTarget
+from harness.budget import target_for
 from harness.calibration import draw_calibration
 from harness.card import Origin, Outcome, matching, model_card
 from harness.errors import UserError
@@ -50,6 +50,8 @@ def prune_and_save(
     device: str,
     out: Path,
     results: Path,
+    round_to: int | None = None,
+    uniform: bool | None = None,
 ) -> SavedModel:
     """Prune one model to one sparsity and save it as a folder, its card with the scores that ``results`` has of it.
 
@@ -63,7 +65,7 @@ def prune_and_save(
     reason = competitor.why_unsupported(loaded.structure)
     if reason is not None:
         raise UserError(f"{method} does not support {model.name}: {reason}")
-    target = ParameterTarget(sparsity, basis, loaded.params)
+    target = target_for(sparsity, basis, loaded.params, loaded.structure, round_to, uniform)
     pruned = PrunedModel(model=loaded.model)
     if sparsity > 0:
         longest = getattr(loaded.model.config, "max_position_embeddings", None)
