@@ -31,6 +31,8 @@ FLAGS: dict[str, Any] = {
     "set_": [],
     "config": None,
     "dtype": "float32",
+    "round_to": None,
+    "uniform": False,
     "out": Path("results"),
     "force": False,
     "device": "cpu",
