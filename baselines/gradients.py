@@ -215,6 +215,9 @@ class _Tap:
     gradient: Tensor | None = None
     squared: Tensor | None = None
     inputs: list[Tensor] = field(default_factory=list)
+    """Of the applications in this micro-batch that have no slope yet: one, or as many as the layer is repeated."""
+    applications: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Slope and input of those that have one."""
 
     def on_forward(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Remember the input; ask for the output's gradient, as a leaf where nothing before it needs one."""
@@ -225,12 +228,19 @@ class _Tap:
         return output
 
     def on_backward(self, slope_BTO: Tensor) -> None:
-        """Add this micro-batch's gradient, and hand over the sum after the last one."""
-        input_BTI = self.inputs.pop()
+        """Add this micro-batch's gradient, and hand over the sum after the last one.
+
+        A weight that is applied several times has the sum of all its applications' gradients.
+        """
+        self.applications.append((slope_BTO, self.inputs.pop()))
+        if self.inputs:
+            return
         if self.moments != "squared":
-            self._add_gradient(slope_BTO.flatten(0, -2), input_BTI.flatten(0, -2))
+            for slope, given in self.applications:
+                self._add_gradient(slope.flatten(0, -2), given.flatten(0, -2))
         if self.moments != "gradient":
-            self._add_squares(slope_BTO, input_BTI)
+            self._add_squares()
+        self.applications.clear()
         if self.reduce is not None:
             self.reduce(self.module, self.linear.weight.detach(), self.gradient, self.squared)
             self.gradient = self.squared = None
@@ -243,11 +253,15 @@ class _Tap:
         product = (slope_NO.T @ input_NI).to(torch.promote_types(slope_NO.dtype, torch.float32))
         self.gradient = product if self.gradient is None else self.gradient.add_(product)
 
-    def _add_squares(self, slope_BTO: Tensor, input_BTI: Tensor) -> None:
-        wide = torch.promote_types(slope_BTO.dtype, torch.float32)
-        for slope, given in zip(slope_BTO, input_BTI.to(slope_BTO.dtype), strict=True):
+    def _add_squares(self) -> None:
+        dtype = self.applications[0][0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        for b in range(self.applications[0][0].shape[0]):
             # The batch's loss is the mean of the samples' mean losses, so this is 1/B of the sample's own gradient.
-            sample = (slope.T @ given).to(wide)
+            products = [(slope[b].T @ given[b].to(dtype)).to(wide) for slope, given in self.applications]
+            sample = products[0]
+            for product in products[1:]:
+                sample += product
             if self.squared is None:
                 self.squared = sample.square_().mul_(self.num_samples)
             else:

@@ -60,9 +60,9 @@ def tiny_model(shape: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
     return model.requires_grad_(False)
 
 
-@pytest.fixture(params=sorted(TINY.keys() - {"shared-layers"}))
+@pytest.fixture(params=sorted(TINY))
 def tiny(request: pytest.FixtureRequest) -> LoadedModel:
-    """Each tiny model of a published architecture in float64, without a tokenizer."""
+    """Each tiny model in float64, without a tokenizer."""
     return LoadedModel(model=tiny_model(request.param), tokenizer=None, weights_sha256=request.param)
 
 
