@@ -29,10 +29,8 @@ from harness.efficiency import measured
 from harness.fidelity.golden import CHECKOUT_FOLDER, Golden
 from harness.fidelity.replay import in_fresh_process, load_dense, reimplemented, settings_of
 from harness.method import PrunedModel
-from harness.models import LoadedModel, load_model
-from harness.models.catalog import DEFAULT_MODEL
+from harness.models import LoadedModel
 from harness.published import PublishedCase
-from harness.records import ModelRef
 from harness.registry import PUBLISHED_READERS
 from harness.structure import count_parameters
 
@@ -172,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     golden = Golden(CHECKOUT_FOLDER)
-    structure = load_model(ModelRef(name=DEFAULT_MODEL)).structure
+    structure = load_dense().structure
     every = [case for method in PUBLISHED_READERS for case in golden.cases(method, structure)]
     if arguments.cases:
         chosen = [case for case in every if any(part in case.name for part in arguments.cases)]

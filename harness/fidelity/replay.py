@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from harness.budget import ParameterTarget
 from harness.efficiency import measured
 from harness.errors import UserError
+from harness.evaluation.quiet import quiet
 from harness.fidelity.golden import Golden
 from harness.method import PrunedModel, ReimplementedMethod
 from harness.models import LoadedModel, assemble, load_model
@@ -62,7 +63,8 @@ def prune_to(
 
 def load_dense(multi_head: bool = False) -> LoadedModel:
     """The embedded model, or its multi-head expansion, read into memory: what is timed afterwards loads nothing."""
-    loaded = load_model(ModelRef(name=DEFAULT_MODEL))
+    with quiet():
+        loaded = load_model(ModelRef(name=DEFAULT_MODEL))
     if multi_head:
         loaded = multi_head_expansion(loaded)
     for parameter in loaded.model.parameters():

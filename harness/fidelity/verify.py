@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from harness.fidelity.golden import Golden
-from harness.fidelity.replay import Outcome, in_fresh_process, prune_to, reimplemented, replay, settings_of
-from harness.models import load_model
-from harness.models.catalog import DEFAULT_MODEL
+from harness.fidelity.replay import Outcome, in_fresh_process, load_dense, prune_to, reimplemented, replay, settings_of
 from harness.models.loading import fast_dtype
 from harness.published import PublishedCase
-from harness.records import ModelRef
 
 MATCHED_SPARSITY = 0.2
 """Of all parameters: where departures are measured against our defaults."""
@@ -102,7 +99,7 @@ def verify(methods: tuple[str, ...], golden: Golden, tell: Tell) -> Iterator[Met
         golden: the figures.
         tell: receives a line for every run that ends.
     """
-    structure = load_model(ModelRef(name=DEFAULT_MODEL)).structure
+    structure = load_dense().structure
     for method in methods:
         cases = golden.cases(method, structure)
         results = []
