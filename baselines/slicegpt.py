@@ -37,6 +37,7 @@ class SliceGPT(ReimplementedMethod):
         {"slice_head": False},
         {"subtract_embedding_mean": True},
         {"orientation": "random"},
+        {"pass_dtype": "bfloat16"},
     )
     tolerance: ClassVar[float] = 0.0025  # one column of the residual stream is the finest step
 
@@ -57,6 +58,8 @@ class SliceGPT(ReimplementedMethod):
     """
     damping: Annotated[float, Field(ge=0)] = 0.01
     """Multiple of the mean diagonal added to the second moments before they are decomposed."""
+    pass_dtype: Literal["weights", "bfloat16"] = "weights"
+    """Type the blocks compute in while signals are gathered: the weights' own, or bfloat16."""
 
     def why_unsupported(self, structure: ModelStructure) -> str | None:
         """Models that are already pruned, those without a pruned form, and those that apply a layer more than once."""
@@ -105,7 +108,14 @@ class SliceGPT(ReimplementedMethod):
 
     def slicer(self, model: Any, calibration: Tensor) -> Slicer:
         """The model and its tokens [N, T], ready to be cut to any width under these settings."""
-        return Slicer(model, calibration, self.slice_head, self.subtract_embedding_mean, self.damping)
+        return Slicer(
+            model,
+            calibration,
+            slice_head=self.slice_head,
+            subtract_embedding_mean=self.subtract_embedding_mean,
+            damping=self.damping,
+            bfloat16=self.pass_dtype == "bfloat16",
+        )
 
     def _sliced(self, loaded: LoadedModel, slicer: Slicer, width: int, seed: int) -> PrunedModel:
         sliced = slicer.to_width(width)

@@ -101,6 +101,8 @@ class Slicer:
     slice_head: bool = True
     subtract_embedding_mean: bool = False
     damping: float = 0.01
+    bfloat16: bool = False
+    """Let the blocks' matrix products run in bfloat16; the stream and its second moments stay as they are."""
 
     @torch.no_grad()
     def to_width(self, width: int) -> SlicedWeights:
@@ -211,8 +213,9 @@ class _Stream:
         arguments = self.slicer.attention_arguments[layer_idx] if sublayer.module == "self_attn" else {}
         moments = torch.zeros_like(self.basis)
         for i, hidden in enumerate(self.hidden):
-            output = functional_call(module, parameters, (norm(hidden),), arguments)
-            signal = output[0] if isinstance(output, tuple) else output
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.slicer.bfloat16):
+                output = functional_call(module, parameters, (norm(hidden),), arguments)
+            signal = (output[0] if isinstance(output, tuple) else output).to(hidden.dtype)
             signal[..., : self.width] += hidden
             _add_moments(moments, signal)
             self.hidden[i] = signal

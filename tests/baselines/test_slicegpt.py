@@ -272,3 +272,19 @@ def test_a_sliced_model_is_not_sliced_again(make_tiny: MakeTiny, calibration: Te
     (pruned,) = SliceGPT().prune(loaded, calibration, [target(loaded, 0.2)], 0)
     again = LoadedModel(pruned.model, None, "again")
     assert "pruned_llama" in str(SliceGPT().why_unsupported(again.structure))
+
+
+def test_bfloat16_passes_move_the_axes_little_and_leave_the_weights_dtype(
+    make_tiny: MakeTiny, calibration: Tensor
+) -> None:
+    loaded = make_tiny("grouped-query", torch.float32)
+    exact, coarse = (
+        SliceGPT(pass_dtype=dtype).slicer(loaded.model, calibration).to_width(24)  # type: ignore[arg-type]
+        for dtype in ("weights", "bfloat16")
+    )
+    assert all(tensor.dtype == torch.float32 for tensor in coarse.state.values())
+    for ours, theirs in zip(coarse.signals, exact.signals, strict=True):
+        assert ours.explained(24) == pytest.approx(theirs.explained(24), abs=5e-3)
+    assert not torch.equal(
+        coarse.state["model.layers.1.mlp_shortcut.weight"], exact.state["model.layers.1.mlp_shortcut.weight"]
+    )
