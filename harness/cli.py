@@ -96,6 +96,7 @@ def compare(
                 LocalExecutor(),
                 progress.event,
                 on_plan=progress.plan,
+                on_cost=progress.say,
                 force=force,
                 device=device,
                 batch_tokens=batch_tokens,

@@ -1,17 +1,18 @@
-"""`harness compare`, the story on one screen: expand, skip what is done, run each track, report."""
+"""`harness compare`, the story on one screen: expand, skip what is done, say what it costs, run each track, report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from harness.cost import CostRequest, ScoringCost, describe_cost
 from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, EvaluationSpec, ModelRef, RunSpec
 from harness.registry import build_method
 from harness.report import Leaderboard, build_leaderboard
-from harness.runner import Event, Track
+from harness.runner import CACHE, Event, Track
 from harness.store import Store
 
 
@@ -38,6 +39,9 @@ class Comparison(BaseModel):
 
 class Executor(Protocol):
     """Runs one track somewhere."""
+
+    def cost(self, request: CostRequest) -> ScoringCost:
+        """What scoring will cost there."""
 
     def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
         """Run it to its end; every run of it has a record afterwards."""
@@ -81,6 +85,7 @@ def compare(
     on_event: Callable[[Event], None],
     *,
     on_plan: Callable[[Sequence[RunSpec], Sequence[RunSpec]], None] = lambda _all, _missing: None,
+    on_cost: Callable[[str], None] | None = None,
     force: bool = False,
     device: str = "cpu",
     batch_tokens: int = 4096,
@@ -95,6 +100,7 @@ def compare(
         executor: where tracks run.
         on_event: hears of every track's progress.
         on_plan: hears which runs there are and which are still missing.
+        on_cost: hears what scoring will cost before it starts, in a sentence per model; None spares the estimate.
         force: run again what is done.
         device: torch device of every track.
         batch_tokens: tokens scored at once.
@@ -108,6 +114,10 @@ def compare(
     specs = [spec for track in tracks for spec in track]
     missing = specs if force else store.missing(specs)
     on_plan(specs, missing)
+    options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads}
+    if on_cost is not None:
+        for sentence in _costs(missing, executor, store.root / CACHE, options):
+            on_cost(sentence)
     for specs_of_track in tracks:
         todo = tuple(spec for spec in specs_of_track if spec in missing)
         if not todo:
@@ -116,9 +126,20 @@ def compare(
             # Another process may have made them while this one waited for the lock.
             todo = todo if force else tuple(store.missing(todo))
             if todo:
-                options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads}
                 executor.run(Track(specs=todo, out=store.root, **options), on_event)
     return build_leaderboard(store, [spec.run_id for spec in specs], command=command)
+
+
+def _costs(specs: Sequence[RunSpec], executor: Executor, cache: Path, options: dict[str, Any]) -> Iterator[str]:
+    """A sentence per model, precision and set of documents."""
+    alike: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        key = spec.model_dump_json(include={"model", "dtype", "evaluation"})
+        alike.setdefault(key, []).append(spec)
+    for group in alike.values():
+        first = group[0]
+        request = CostRequest(model=first.model, dtype=first.dtype, evaluation=first.evaluation, cache=cache, **options)
+        yield describe_cost(executor.cost(request), group)
 
 
 def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from harness.cost import CostRequest, ScoringCost
 from harness.durable import write_file
 from harness.errors import UserError
 from harness.records import RunRecord
@@ -24,9 +25,34 @@ QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 
+USER_ERROR = 2
+"""Exit code of a process that met something the user must mend."""
+
 
 class LocalExecutor:
     """Runs tracks one after the other, each in a process of its own."""
+
+    def cost(self, request: CostRequest) -> ScoringCost:
+        """What scoring will cost on this machine.
+
+        Raises:
+            UserError: something the user must mend.
+        """
+        request_file = request.cache / "cost-request.json"
+        write_file(request_file, request.model_dump_json(indent=1).encode())
+        done = subprocess.run(
+            [sys.executable, "-m", "harness.evaluation.cost", str(request_file)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **QUIET},
+        )
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        if done.returncode == USER_ERROR:
+            raise UserError(lines[-1])
+        if done.returncode:
+            raise RuntimeError(f"estimating the cost failed: {lines[-1]}")
+        return ScoringCost.model_validate_json(done.stdout.strip().splitlines()[-1])
 
     def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
         """Run a track to its end; whatever happens to the process, every run of it has a record afterwards.

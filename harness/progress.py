@@ -56,6 +56,10 @@ class ComparisonProgress:
         kept = f", {done} of them done before" if done else ""
         self.console.print(f"{len(specs)} runs{kept}")
 
+    def say(self, sentence: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(sentence, highlight=False, markup=False)
+
     def event(self, event: Event) -> None:
         """Show one event of a track."""
         spec = self.specs[event.run_id]

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from harness.errors import UserError
 from harness.records import RunRecord, RunSpec
 
+CACHE = "cache"
+"""Folder of a results folder for what its runs share; safe to delete."""
+
 
 class Track(BaseModel):
     """Runs that share a pass, and where and how to make them."""
@@ -152,6 +155,7 @@ def _evaluate(
     context: _Context, spec: RunSpec, target: Any, tolerance: float, pruned: Any, prune_cost: Any
 ) -> tuple[RunRecord, Any]:
     from harness.efficiency import measured
+    from harness.evaluation.reference import Dense
     from harness.evaluation.run import evaluate
     from harness.provenance import provenance
     from harness.structure import count_parameters, describe, layer_widths
@@ -180,7 +184,13 @@ def _evaluate(
     context.emit(Event(kind="phase", run_id=spec.run_id, text="evaluating"))
     with measured(track.device) as cost:
         evaluation = evaluate(
-            pruned.model, loaded.tokenizer, spec.evaluation, batch_tokens=track.batch_tokens, progress=progress
+            pruned.model,
+            loaded.tokenizer,
+            spec.evaluation,
+            batch_tokens=track.batch_tokens,
+            dense=Dense(loaded.model, loaded.weights_sha256),
+            cache=track.out / CACHE,
+            progress=progress,
         )
     efficiency, timing_seconds = _measure_efficiency(context, spec, pruned)
     measures = (*evaluation.measures, *efficiency)

@@ -22,6 +22,8 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+NORMAL_95 = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+"""Half the width of a 95% interval, in standard errors of a mean over many."""
 _CHUNK = 1 << 20
 """Documents drawn at a time: bounds the memory at some 30 MB, however many documents there are."""
 

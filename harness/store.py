@@ -48,6 +48,7 @@ DOCUMENT_TYPES: dict[str, pa.DataType | None] = {
     "greedy": pa.list_(pa.bool_()),
     "acc": pa.float64(),
     "acc_norm": pa.float64(),
+    "margin": pa.float64(),
     "chance": pa.float64(),
 }
 """Columns of ``documents.parquet``; None where the type follows the data (an index, or a text)."""
@@ -141,7 +142,8 @@ class Store:
 
         Args:
             run_id: of a run that is in the store.
-            columns: of `DOCUMENT_TYPES`, to read no more than these; None reads all.
+            columns: of `DOCUMENT_TYPES`, to read no more than these; None reads all. Those that the harness did not
+                know yet when the run was made come back empty.
 
         Raises:
             UserError: the file is missing or corrupt.
@@ -152,11 +154,12 @@ class Store:
             return None
         data = _read_checked(folder, DOCUMENTS, sums)
         try:
-            table = pq.read_table(pa.BufferReader(data), columns=list(columns) if columns is not None else None)
+            file = pq.ParquetFile(pa.BufferReader(data))
+            known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            frame: pd.DataFrame = file.read(columns=known).to_pandas()
         except (pa.ArrowException, OSError) as error:
             raise _corrupt(folder / DOCUMENTS, "cannot be read as parquet") from error
-        frame: pd.DataFrame = table.to_pandas()
-        return frame
+        return frame if columns is None else frame.reindex(columns=list(columns))
 
     def write(self, record: RunRecord, documents: pd.DataFrame | None = None) -> None:
         """Store a run, replacing what an earlier attempt left; on return it is on the disk.

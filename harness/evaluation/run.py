@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -17,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harness.corpora import load_corpus
 from harness.evaluation.embedded_data import fingerprint
 from harness.evaluation.forest_pass import Progress
-from harness.evaluation.perplexity import measure_perplexity
+from harness.evaluation.heldout import measure_heldout
+from harness.evaluation.heldout_text import HeldOutText
 from harness.evaluation.quiet import quiet, templates_compiled_once
+from harness.evaluation.reference import Dense, dense_reference
 from harness.evaluation.scorer import TrieScorer
 from harness.evaluation.tasks import TaskSet, build_tasks
 from harness.records import EvaluationSpec, Measure
@@ -27,7 +30,8 @@ PRIMARY_METRICS = ("acc_norm", "acc")
 """The table shows the first of these that a task has."""
 
 COLUMNS = (
-    "task", "group", "doc_id", "doc_hash", "target", "loglikelihoods", "greedy", "acc", "acc_norm", "chance"
+    "task", "group", "doc_id", "doc_hash", "target", "loglikelihoods", "greedy", "acc", "acc_norm", "margin",
+    "chance",
 )  # fmt: skip
 """Of the per-document table."""
 
@@ -38,11 +42,18 @@ class Evaluation:
 
     measures: tuple[Measure, ...]
     documents: pd.DataFrame
-    """One row per (task, document). ``target`` is the index of the right choice; it and ``acc``, ``acc_norm`` and
-    ``chance`` are NA where the task has no such thing."""
+    """One row per (task, document). ``target`` is the index of the right choice; it and ``acc``, ``acc_norm``,
+    ``margin`` and ``chance`` are NA where the task has no such thing."""
     data_fingerprints: dict[str, str]
     """Task or corpus -> hash of the documents that were scored."""
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    measures: tuple[Measure, ...] = ()
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -51,6 +62,8 @@ def evaluate(
     spec: EvaluationSpec,
     *,
     batch_tokens: int,
+    dense: Dense | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model, on the device and in the dtype it is in.
@@ -60,6 +73,8 @@ def evaluate(
         tokenizer: the model's own.
         spec: which documents, and how.
         batch_tokens: tokens run at once; changes speed and memory, not results.
+        dense: the model to measure the divergence from; None measures none.
+        cache: a folder for what the models of a comparison share: tokens of requests, the dense model's states.
         progress: called with (tokens run, tokens in all), held-out text first and then tasks.
 
     Raises:
@@ -68,9 +83,9 @@ def evaluate(
     """
     model.eval()
     task_set = build_tasks(spec)
-    heldout, fingerprints = _heldout(model, tokenizer, spec, batch_tokens, progress)
+    heldout = _heldout(model, tokenizer, spec, dense, cache, batch_tokens, progress)
     with quiet(), templates_compiled_once():
-        scorer = TrieScorer(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
+        scorer = TrieScorer(model, tokenizer, batch_tokens=batch_tokens, cache=cache, progress=progress)
         # evaluate(), not simple_evaluate(): the latter also collects facts about the machine, for seconds.
         results = lm_eval.evaluate(
             lm=scorer,
@@ -79,47 +94,60 @@ def evaluate(
             bootstrap_iters=0,
         )
         documents = pd.DataFrame(list(_rows(task_set, results["samples"])), columns=list(COLUMNS))
-    documents = documents.astype({"target": "Int64", "acc": "Float64", "acc_norm": "Float64", "chance": "Float64"})
+    documents = documents.astype(
+        {"target": "Int64", **dict.fromkeys(("acc", "acc_norm", "margin", "chance"), "Float64")}
+    )
+    fingerprints = dict(heldout.fingerprints)
     for name, leaves in _leaves_by_name(task_set).items():
         fingerprints[name] = fingerprint(row for leaf in leaves for row in task_set.documents(leaf))
-    measures = (*_task_measures(task_set, results, documents), *heldout)
-    return Evaluation(measures, documents, fingerprints, (*task_set.notes, *scorer.notes))
+    measures = (*_task_measures(task_set, results, documents), *heldout.measures)
+    return Evaluation(measures, documents, fingerprints, (*task_set.notes, *scorer.notes, *heldout.notes))
 
 
 def _heldout(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     spec: EvaluationSpec,
+    dense: Dense | None,
+    cache: Path | None,
     batch_tokens: int,
     progress: Progress | None,
-) -> tuple[list[Measure], dict[str, str]]:
+) -> _HeldOut:
     if not spec.heldout_tokens:
-        return [], {}
+        return _HeldOut()
     corpus = load_corpus("heldout")
-    found = measure_perplexity(
+    text = HeldOutText.of(corpus, tokenizer, spec.heldout_tokens, spec.heldout_length)
+    reference = dense_reference(dense, text, batch_tokens, cache) if dense is not None else None
+    why_not = reference if isinstance(reference, str) else None
+    found = measure_heldout(
         model,
-        tokenizer,
-        corpus,
-        num_tokens=spec.heldout_tokens,
-        length=spec.heldout_length,
+        text,
         batch_tokens=batch_tokens,
+        reference=None if isinstance(reference, str) else reference,
         progress=progress,
     )
 
-    def measure(name: str, value: float, stderr: float | None) -> Measure:
+    def measure(name: str, unit: str, value: float, stderr: float | None) -> Measure:
         return Measure(
             name=f"heldout/{name}",
             value=value,
-            unit="perplexity",
+            unit=unit,
             higher_is_better=False,
             stderr=stderr,
             num_examples=found.num_scored,
         )
 
-    stderr = None if found.loss_stderr is None else found.token * found.loss_stderr
-    return [measure("ppl_token", found.token, stderr), measure("ppl_word", found.word, None)], {
-        "heldout": corpus.fingerprint()
-    }
+    stderr = None if found.loss.stderr is None else found.ppl_token * found.loss.stderr
+    measures = [
+        measure("ppl_token", "perplexity", found.ppl_token, stderr),
+        measure("ppl_word", "perplexity", found.ppl_word, None),
+    ]
+    if found.kl_dense is not None:
+        measures.append(measure("kl_dense", "nats/token", found.kl_dense.value, found.kl_dense.stderr))
+    elif dense is not None:
+        why_not = why_not or "the model has no plain output embedding"
+    notes = (f"the KL divergence from the dense model was not measured: {why_not}",) if why_not else ()
+    return _HeldOut(tuple(measures), {"heldout": corpus.fingerprint()}, notes)
 
 
 def _leaves_by_name(task_set: TaskSet) -> dict[str, list[str]]:
@@ -136,18 +164,31 @@ def _rows(task_set: TaskSet, samples: dict[str, list[dict[str, Any]]]) -> Iterat
             scores = [responses[0] for responses in sample["resps"]]
             if not isinstance(scores[0], tuple):  # a rolling perplexity has no choices
                 continue
+            loglikelihoods = [loglikelihood for loglikelihood, _ in scores]
+            target = task_set.right_choice(leaf, sample["doc"])
             yield {
                 "task": leaf,
                 "group": task_set.group_of[leaf],
                 "doc_id": sample["doc_id"],
                 "doc_hash": sample["doc_hash"],
-                "target": task_set.right_choice(leaf, sample["doc"]),
-                "loglikelihoods": [loglikelihood for loglikelihood, _ in scores],
+                "target": target,
+                "loglikelihoods": loglikelihoods,
                 "greedy": [greedy for _, greedy in scores],
                 "acc": sample.get("acc"),
                 "acc_norm": sample.get("acc_norm"),
+                "margin": right_margin(loglikelihoods, target),
                 "chance": task_set.chance(leaf, sample["doc"]),
             }
+
+
+def right_margin(loglikelihoods: Sequence[float], target: int | None) -> float | None:
+    """By how many nats the right choice is likelier than the likeliest wrong one; negative where it loses.
+
+    The log-likelihoods are those of whole choices, as plain accuracy compares them. None where nothing is chosen from.
+    """
+    if target is None or len(loglikelihoods) < 2:
+        return None
+    return loglikelihoods[target] - max(ll for i, ll in enumerate(loglikelihoods) if i != target)
 
 
 def _task_measures(task_set: TaskSet, results: dict[str, Any], documents: pd.DataFrame) -> Iterator[Measure]:
@@ -178,6 +219,15 @@ def _measures(name: str, result: dict[str, Any], documents: pd.DataFrame, leaves
             stderr=_stderr(rows, metric) if is_accuracy else None,
             num_examples=int(result["sample_len"]),
             chance=_chance(rows) if is_accuracy else None,
+        )
+    if not rows.empty and rows["margin"].notna().all():
+        yield Measure(
+            name=f"{name}/margin",
+            value=float(rows["margin"].mean()),
+            unit="nats",
+            higher_is_better=True,
+            stderr=_stderr(rows, "margin"),
+            num_examples=len(rows),
         )
 
 

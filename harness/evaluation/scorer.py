@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.errors import UserError
 from harness.evaluation.attention import AttentionNotCoveredError
-from harness.evaluation.forest import Ints
+from harness.evaluation.forest import Ints, grow
 from harness.evaluation.forest_pass import NonFiniteOutputError, Progress, score_tails
 from harness.evaluation.head import plain_head
+from harness.evaluation.request_cache import cache_file, read_requests, write_requests
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """What lm-eval scores: (context, continuation) as text, then the tokens of each."""
@@ -30,9 +30,6 @@ Score = tuple[float, bool]
 
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest sequence of the batch."""
-
-_last_requests: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[bytes, list[Request]]] = WeakKeyDictionary()
-"""Tokenizer -> digest of the texts it encoded last, and their tokens: models of one track share them."""
 
 
 class TrieScorer(HFLM):
@@ -47,12 +44,14 @@ class TrieScorer(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_tokens: int,
+        cache: Path | None = None,
         progress: Progress | None = None,
         max_length: int | None = None,
     ) -> None:
         with _weights_left_alone(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
         self._batch_tokens = batch_tokens
+        self._cache = cache
         self._progress = progress
         self.num_truncated = 0
         """Requests longer than the model takes, whose context lost its beginning."""
@@ -78,14 +77,29 @@ class TrieScorer(HFLM):
         return tuple(found)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
-        """Scores of (context, continuation) pairs; texts are encoded in one batch, and once per tokenizer."""
-        texts = [request.args for request in requests]
-        digest = hashlib.sha256(repr(texts).encode()).digest()
-        known = _last_requests.get(self.tokenizer)
-        if known is None or known[0] != digest:
-            known = (digest, self._encode(texts))
-            _last_requests[self.tokenizer] = known
-        return self._loglikelihood_tokens(known[1])
+        """Scores of (context, continuation) pairs."""
+        return self._loglikelihood_tokens(self.encoded([request.args for request in requests]))
+
+    def encoded(self, texts: Sequence[tuple[str, str]]) -> list[Request]:
+        """The tokens of texts: from the cache, if another model of this tokenizer was given the same texts."""
+        options = {"prefix_token_id": self.prefix_token_id, "add_bos_token": self.add_bos_token}
+        path = cache_file(self._cache, self.tokenizer, options, texts) if self._cache else None
+        known = read_requests(path, len(texts)) if path else None
+        if known is not None:
+            return [(text, *tokens) for text, tokens in zip(texts, known, strict=True)]
+        requests = self._encode(texts)
+        if path:
+            write_requests(path, [(context, continuation) for _, context, continuation in requests])
+        return requests
+
+    def extent(self, texts: Sequence[tuple[str, str]]) -> tuple[int, int]:
+        """Tokens that scoring some texts runs, what they share once, and positions at which the head is applied."""
+        requests = [(context, continuation) for _, context, continuation in self.encoded(texts) if continuation]
+        if not requests:
+            return 0, 0
+        inputs = [self._input(context, continuation) for context, continuation in requests]
+        forest = grow(inputs, [len(continuation) for _, continuation in requests])
+        return forest.num_nodes, len(np.unique(np.concatenate(forest.nodes_of)))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts in lm-eval's windows, without its progress bar."""

@@ -16,7 +16,7 @@ TIED = "†"
 NOTHING = "–"
 _GIB = 1 << 30
 
-Part = Literal["name", "scores", "tasks", "size and cost", "efficiency"]
+Part = Literal["name", "scores", "likelihoods", "tasks", "size and cost", "efficiency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,9 @@ def layout(frame: pd.DataFrame, tasks: Sequence[str], ppl_heading: str) -> list[
         (f"average{spread} [95%]", "scores", _average),
         ("Δ dense [95%]", "scores", _delta),
         ("MMLU [95%]", "scores", lambda line: with_interval(line["mmlu"], line["mmlu_ci_low"], line["mmlu_ci_high"])),
-        (ppl_heading, "scores", lambda line: _number(line["ppl_token"], 1, 2)),
+        ("margin nats [95%]", "likelihoods", lambda line: _plain_interval(line, "margin")),
+        (ppl_heading, "likelihoods", lambda line: _number(line["ppl_token"], 1, 2)),
+        ("KL/token from dense [95%]", "likelihoods", lambda line: _plain_interval(line, "kl_dense", 3)),
         *((task, "tasks", _percent_of(task)) for task in tasks),
         ("prune s", "size and cost", lambda line: _number(line["prune_seconds"], 1)),
         ("prune peak GiB", "size and cost", lambda line: _number(line["prune_peak_bytes"], _GIB, 2)),
@@ -90,6 +92,12 @@ def with_interval(value: Any, low: Any, high: Any) -> str:
 def signed_with_interval(value: Any, low: Any, high: Any) -> str:
     """``-3.2 [-5.0, -1.4]``."""
     return NOTHING if pd.isna(value) else f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _plain_interval(line: Any, name: str, digits: int = 2) -> str:
+    """``0.123 [0.110, 0.136]``."""
+    value, low, high = line[name], line[f"{name}_ci_low"], line[f"{name}_ci_high"]
+    return NOTHING if pd.isna(value) else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _column(heading: str, part: Part, write: Callable[[Any], str], lines: Sequence[Any]) -> Column:

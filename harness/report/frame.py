@@ -14,6 +14,7 @@ from harness.report.efficiency import COLUMNS as EFFICIENCY
 from harness.report.efficiency import efficiency_line
 from harness.report.rows import Row, evaluations
 from harness.report.scores import COMMONSENSE, MMLU, Estimate, Guessing, RowScores
+from harness.statistics import NORMAL_95, spread
 
 CHANCE = "chance"
 """Method name of the lines that say what guessing scores."""
@@ -28,8 +29,9 @@ _TRAILING = (
 )  # fmt: skip
 _FURTHER = (
     "settings", "reason", "best_or_tied", "p_vs_best", "commonsense_tasks", "commonsense_spread", "delta_ci_low",
-    "delta_ci_high", "delta_p", "mmlu_ci_low", "mmlu_ci_high", "ppl_word", "eval_peak_bytes", "seed_values", "knob",
-    "tied_embeddings",
+    "delta_ci_high", "delta_p", "mmlu_ci_low", "mmlu_ci_high", "ppl_word", "kl_dense", "kl_dense_ci_low",
+    "kl_dense_ci_high", "margin", "margin_ci_low", "margin_ci_high", "margin_delta", "margin_delta_ci_low",
+    "margin_delta_ci_high", "eval_peak_bytes", "seed_values", "knob", "tied_embeddings",
 )  # fmt: skip
 _COUNTS = ("params_total", "seeds", "prune_peak_bytes", "eval_peak_bytes")
 
@@ -130,6 +132,10 @@ def _scored(row: Row, scores: RowScores, tasks: Sequence[str]) -> Line:
     line: Line = {task: _primary_mean(row.records, task) for task in [*tasks, MMLU]}
     line["ppl_token"] = _measured_mean(row.records, "heldout/ppl_token")
     line["ppl_word"] = _measured_mean(row.records, "heldout/ppl_word")
+    line |= _interval("kl_dense", _kl_dense(row.records))
+    line |= _interval("margin", scores.margin)
+    if scores.margin_delta:
+        line |= _interval("margin_delta", Estimate(scores.margin_delta.value, *scores.margin_delta.interval))
     line |= _estimated(scores.tasks, scores.average)
     line |= {"commonsense_tasks": len(scores.averaged_tasks) or None, "commonsense_spread": scores.spread}
     if scores.delta:
@@ -142,6 +148,25 @@ def _scored(row: Row, scores: RowScores, tasks: Sequence[str]) -> Line:
 def _chance_line(settings: str, guessing: Guessing) -> Line:
     line: Line = {"method": CHANCE, "status": "reference", "settings": settings or None}
     return line | _estimated(guessing.tasks, guessing.average)
+
+
+def _interval(name: str, estimate: Estimate | None) -> Line:
+    if estimate is None:
+        return {}
+    return {name: estimate.value, f"{name}_ci_low": estimate.low, f"{name}_ci_high": estimate.high}
+
+
+def _kl_dense(records: Sequence[RunRecord]) -> Estimate | None:
+    """Mean over seeds of the divergence from the dense model; its interval over windows of the text, and seeds."""
+    found = [measure for record in records if (measure := record.measure("heldout/kl_dense"))]
+    if len(found) < len(records):
+        return None
+    value = fmean(measure.value for measure in found)
+    # Every seed reads the same text, so the error over its windows does not shrink with seeds; that over seeds does.
+    over_text = fmean(measure.stderr or 0.0 for measure in found)
+    over_seeds = (spread([measure.value for measure in found]) or 0.0) / len(found) ** 0.5
+    half = NORMAL_95 * (over_text**2 + over_seeds**2) ** 0.5
+    return Estimate(value, value - half, value + half)
 
 
 def _estimated(tasks: Mapping[str, Estimate], average: Estimate | None) -> Line:

@@ -72,6 +72,11 @@ def _meaning_of_scores(rows: Sequence[Row], scores: Mapping[Row, RowScores]) -> 
             f"bootstrap, 5%, Holm-corrected). {REFERENCE_METHOD} and {CHANCE} do not compete; {CHANCE} is what "
             "guessing scores, its interval where 95% of guessers land."
         )
+    if any(scores[row].margin for row in rows if row in scores):
+        out.append(
+            "The margin says by how many nats the right choice is likelier than the likeliest wrong one (whole "
+            "choices, not length-normalised), averaged over the tasks of the average; below 0 the wrong one leads."
+        )
     without = [row_name(row) for row in rows if row not in scores]
     if without:
         out.append(f"No per-document scores are stored for {', '.join(without)}: neither averages nor intervals.")
@@ -166,7 +171,13 @@ def _heldout(rows: Sequence[Row]) -> list[str]:
             return ""
         return f"over {evaluation.heldout_tokens:,} held-out tokens in windows of {evaluation.heldout_length}"
 
-    return [f"Perplexity is per token of the model's own tokenizer, {text}." for text in _distinct(rows, describe)]
+    found = [f"Perplexity is per token of the model's own tokenizer, {text}." for text in _distinct(rows, describe)]
+    if any(record.measure("heldout/kl_dense") for row in rows for record in row.records):
+        found.append(
+            f"KL/token is the divergence, in nats, of a model's next-token distribution from {REFERENCE_METHOD}'s, "
+            "averaged over the same tokens: 0 is the dense model itself; its interval is over windows of the text."
+        )
+    return found
 
 
 def _calibration(rows: Sequence[Row]) -> list[str]:

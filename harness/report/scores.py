@@ -61,6 +61,10 @@ class RowScores:
     """Sample standard deviation of the average over seeds."""
     delta: Difference | None = None
     """The average less the dense row's, paired."""
+    margin: Estimate | None = None
+    """Nats by which the right choice is likelier than the likeliest wrong one, averaged over the same tasks."""
+    margin_delta: Difference | None = None
+    """The margin less the dense row's, paired."""
     mark: Mark = ""
     p_vs_best: float | None = None
     """Holm-corrected, of the paired difference from the best of the contest."""
@@ -78,6 +82,8 @@ class DocumentScores:
     """[D]"""
     chance: Floats
     """Of guessing right, [D]."""
+    margin: Floats
+    """Of the right choice, nats, [D]; NaN where the run did not keep it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,8 @@ class Sample:
     """Task -> replicates_R of the mean over documents and seeds."""
     chance: dict[str, Floats]
     """Task -> chance_D."""
+    margin: Sample | None = None
+    """The margins of the right choice in place of the scores, from the same draws; of the tasks that have them."""
 
     def per_seed(self, tasks: Sequence[str]) -> Floats:
         """Average over tasks of each seed: averages_S."""
@@ -152,14 +160,19 @@ def draw_samples(store: Store, rows: Sequence[Row]) -> dict[Row, Sample]:
         return {}
     first = next(iter(runs.values()))[0]
     chance = {task: on_task.chance for task, on_task in first.items()}
-    samples = {row: Sample({}, {}, chance) for row in runs}
+    samples = {row: Sample({}, {}, chance, Sample({}, {}, chance)) for row in runs}
     for task in first:
-        scores = {row: np.stack([found[task].scores for found in seeds]) for row, seeds in runs.items()}
-        means_RM = statistics.resampled_means(np.concatenate(list(scores.values())), task)
-        ends = np.cumsum([len(scores_SD) for scores_SD in scores.values()])
-        for (row, scores_SD), means_RS in zip(scores.items(), np.split(means_RM, ends[:-1], axis=1), strict=True):
-            samples[row].scores[task] = scores_SD
-            samples[row].replicates[task] = statistics.over_seeds(means_RS)
+        drawn: list[tuple[Sample, Floats]] = []  # what goes where: one draw serves all
+        for row, seeds in runs.items():
+            drawn.append((samples[row], np.stack([found[task].scores for found in seeds])))
+            margins_SD = np.stack([found[task].margin for found in seeds])
+            if (margin := samples[row].margin) and not np.isnan(margins_SD).any():
+                drawn.append((margin, margins_SD))
+        means_RM = statistics.resampled_means(np.concatenate([values_SD for _, values_SD in drawn]), task)
+        ends = np.cumsum([len(values_SD) for _, values_SD in drawn])
+        for (sample, values_SD), means_RS in zip(drawn, np.split(means_RM, ends[:-1], axis=1), strict=True):
+            sample.scores[task] = values_SD
+            sample.replicates[task] = statistics.over_seeds(means_RS)
     return samples
 
 
@@ -169,12 +182,13 @@ def read_scores(store: Store, record: RunRecord) -> dict[str, DocumentScores] | 
     The subjects of a group such as MMLU make one pool of documents: its mean is then lm-eval's, weighted by subject
     size, and so few documents a subject as two say too little about the spread within it to resample them apart.
     """
-    frame = store.documents(record.spec.run_id, ["task", "group", "doc_id", "doc_hash", "acc", "acc_norm", "chance"])
+    numbers = ["acc", "acc_norm", "chance", "margin"]
+    frame = store.documents(record.spec.run_id, ["task", "group", "doc_id", "doc_hash", *numbers])
     if frame is None:
         return None
     pools = frame["group"].fillna(frame["task"])
     documents = sorted(zip(pools, frame["task"], frame["doc_id"], frame["doc_hash"], range(len(frame)), strict=True))
-    columns = {name: frame[name].to_numpy(dtype=np.float64) for name in ("acc", "acc_norm", "chance")}
+    columns = {name: frame[name].to_numpy(dtype=np.float64) for name in numbers}
     found: dict[str, DocumentScores] = {}
     for pool, members in groupby(documents, key=lambda document: document[0]):
         keys = [key for _, *key in members]
@@ -183,7 +197,7 @@ def read_scores(store: Store, record: RunRecord) -> dict[str, DocumentScores] | 
         scores_D = columns[metric][lines]
         if not np.isnan(scores_D).all():
             digest = hashlib.sha256(repr(keys).encode()).hexdigest()
-            found[pool] = DocumentScores(digest, scores_D, columns["chance"][lines])
+            found[pool] = DocumentScores(digest, scores_D, columns["chance"][lines], columns["margin"][lines])
     return found
 
 
@@ -218,14 +232,23 @@ def _summary(row: Row, sample: Sample, dense: Sample | None, guessing: Guessing)
     scores = RowScores(tasks={task: sample.estimate([task]) for task in sample.scores}, guessing=guessing)
     if not tasks:
         return scores
-    delta = sample.less(dense, tasks) if dense and not row.is_reference else None
+    against = dense if dense and not row.is_reference else None
+    margin, dense_margin = _margins(sample, tasks), _margins(against, tasks)
     return replace(
         scores,
         average=sample.estimate(tasks),
         averaged_tasks=tasks,
         spread=statistics.spread([float(average) for average in sample.per_seed(tasks)]),
-        delta=delta,
+        delta=sample.less(against, tasks) if against else None,
+        margin=margin.estimate(tasks) if margin else None,
+        margin_delta=margin.less(dense_margin, tasks) if margin and dense_margin else None,
     )
+
+
+def _margins(sample: Sample | None, tasks: Sequence[str]) -> Sample | None:
+    """The margins of a sample, where every one of the tasks has them."""
+    margin = sample.margin if sample else None
+    return margin if margin and all(task in margin.scores for task in tasks) else None
 
 
 def _with_marks(summaries: dict[Row, RowScores], samples: dict[Row, Sample]) -> dict[Row, RowScores]:

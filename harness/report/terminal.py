@@ -32,7 +32,7 @@ class Tables:
         if needed <= options.max_width:
             yield whole
             return
-        for part in ("scores", "tasks", "size and cost", "efficiency"):
+        for part in ("scores", "likelihoods", "tasks", "size and cost", "efficiency"):
             columns = [column for column in self.columns if column.part in ("name", part)]
             if any(column.part == part for column in columns):
                 yield Text(part, style="italic")

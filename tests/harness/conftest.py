@@ -65,6 +65,7 @@ def _documents(spec: RunSpec, p_right: Mapping[str, float] | float = 0.5, num_do
                         "greedy": [False] * choices,
                         "acc": float(right[i]),
                         "acc_norm": None if name in WITHOUT_ACC_NORM else float(right[i]),
+                        "margin": 2.0 * float(right[i]) - 1.0,
                         "chance": 1 / choices,
                     }
                 )

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.compare import Comparison, compare, expand
+from harness.cost import CostRequest, ScoringCost
 from harness.executors import LocalExecutor
-from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, RunRecord
+from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, ParamCounts, RunRecord
 from harness.runner import Event, Track
 from harness.store import Store
 
@@ -33,6 +34,13 @@ class Recorder:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.tracks: list[Track] = []
+
+    def cost(self, request: CostRequest) -> ScoringCost:
+        params = ParamCounts(total=1200, embedding=200, attention=400, mlp=600, extra=0)
+        return ScoringCost(
+            documents={"arc_easy": 2}, num_tokens=900, num_scored=50, heldout_tokens=100, params=params,
+            seconds_per_token=0.1, seconds_per_row=0.2,
+        )  # fmt: skip
 
     def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
         self.tracks.append(track)
@@ -90,3 +98,23 @@ def test_a_process_that_is_killed_leaves_failed_records(tmp_path: Path, monkeypa
     assert [record.status for record in store.records()] == ["failed", "failed"]
     assert "ended with code -9" in str(next(store.records()).reason)
     assert store.missing(specs) == list(specs)
+
+
+def test_the_cost_is_told_before_anything_runs_and_only_of_what_is_missing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    told: list[str] = []
+    executor = Recorder(store)
+
+    def tell(sentence: str) -> None:
+        assert executor.tracks == []
+        told.append(sentence)
+
+    compare(comparison("dense", "flap"), store, executor, lambda _event: None, on_cost=tell)
+    # 1000 tokens x 0.1 s, and (50 + 3 x 100) head rows x 0.2 s; 10% of 1200
+    # parameters are 12% of the layers' 1000: 170 + 158 + 146 s.
+    assert told == [
+        "Scoring smollm2-135m: 2 documents (2 of arc_easy) and 100 held-out tokens; 1,000 tokens to run, shared ones "
+        "once. About 3 min a model here, 8 min for 3 runs; pruning comes on top."
+    ]
+    compare(comparison("dense", "flap"), store, Recorder(store), lambda _event: None, on_cost=told.append)
+    assert len(told) == 1

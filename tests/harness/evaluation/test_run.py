@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from harness.evaluation.run import COLUMNS, Evaluation, evaluate
+from harness.evaluation.run import COLUMNS, Evaluation, evaluate, right_margin
 from harness.records import EvaluationSpec, Measure
 
 SPEC = EvaluationSpec(
@@ -47,9 +47,10 @@ def named(evaluation: Evaluation, name: str) -> Measure:
 def test_every_task_has_its_measures(evaluation: Evaluation) -> None:
     groups = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
     assert {m.name for m in evaluation.measures} == {
-        "piqa/acc", "piqa/acc_norm", "winogrande/acc", "lambada_openai/acc", "lambada_openai/perplexity",
-        "sciq/acc", "sciq/acc_norm", *(f"{group}/acc" for group in groups), "heldout/ppl_token", "heldout/ppl_word",
-    }  # fmt: skip
+        *(f"{task}/{metric}" for task in ("piqa", "sciq") for metric in ("acc", "acc_norm", "margin")),
+        *(f"{task}/{metric}" for task in ("winogrande", *groups) for metric in ("acc", "margin")),
+        *("lambada_openai/acc", "lambada_openai/perplexity", "heldout/ppl_token", "heldout/ppl_word"),
+    }
 
 
 def test_measures_are_means_over_the_documents(evaluation: Evaluation) -> None:
@@ -68,7 +69,7 @@ def test_measures_are_means_over_the_documents(evaluation: Evaluation) -> None:
 def test_what_a_task_does_not_have_is_absent(evaluation: Evaluation) -> None:
     rows = evaluation.documents.set_index("task")
     assert rows.loc["winogrande"].acc_norm.isna().all()
-    assert rows.loc["lambada_openai", ["target", "chance"]].isna().all(axis=None)
+    assert rows.loc["lambada_openai", ["target", "margin", "chance"]].isna().all(axis=None)
     assert named(evaluation, "lambada_openai/acc").chance is None
     assert named(evaluation, "winogrande/acc").chance == 0.5
 
@@ -77,6 +78,24 @@ def test_the_best_scored_choice_is_what_accuracy_counts(evaluation: Evaluation) 
     rows = evaluation.documents[evaluation.documents.target.notna()]
     best = rows.loglikelihoods.map(lambda lls: lls.index(max(lls)))
     assert (best == rows.target).eq(rows.acc == 1).all()
+
+
+def test_the_margin_is_how_far_the_right_choice_leads(evaluation: Evaluation) -> None:
+    rows = evaluation.documents[evaluation.documents.target.notna()]
+    assert (rows.margin > 0).eq(rows.acc == 1).all()
+    for (right, wrong), target, margin in zip(
+        rows[rows.task == "piqa"].loglikelihoods, rows[rows.task == "piqa"].target, rows.margin, strict=False
+    ):
+        assert margin == pytest.approx(right - wrong if target == 0 else wrong - right)
+    margins = rows[rows.task == "piqa"].margin.astype(float)
+    assert named(evaluation, "piqa/margin").value == pytest.approx(margins.mean())
+    assert named(evaluation, "piqa/margin").stderr == pytest.approx(margins.std() / math.sqrt(3))
+
+
+def test_a_document_with_one_choice_is_always_right_and_has_no_margin() -> None:
+    assert right_margin([-1.5], 0) is None
+    assert right_margin([-1.5, -2.0, -1.0], 0) == -0.5
+    assert right_margin([-1.5, -2.0], None) is None
 
 
 def test_a_standard_error_needs_two_documents_of_every_task(evaluation: Evaluation) -> None:
@@ -102,7 +121,7 @@ def test_batches_and_repetition_change_nothing_and_nothing_is_printed(
     again = evaluate(model, letters, spec, batch_tokens=100, progress=lambda *step: seen.append(step))
     assert capfd.readouterr() == ("", "")
     assert seen[-1][0] == seen[-1][1]
-    assert [m.name for m in again.measures] == ["piqa/acc", "piqa/acc_norm"]
+    assert [m.name for m in again.measures] == ["piqa/acc", "piqa/acc_norm", "piqa/margin"]
     first = evaluation.documents[evaluation.documents.task == "piqa"]
     pd.testing.assert_frame_equal(
         again.documents.drop(columns="loglikelihoods"), first.drop(columns="loglikelihoods").reset_index(drop=True)

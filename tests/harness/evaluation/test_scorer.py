@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,13 +223,35 @@ def test_bfloat16_models_score_close_to_float32_ones(
 
 
 def test_models_with_one_tokenizer_share_the_encoding(
-    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    make_tiny: Callable[..., LoadedModel],
+    letters: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    instances = [Instance("loglikelihood", {}, ("shared by", f" {i}"), i) for i in range(3)]
-    first = scorer(make_tiny("tied").model, letters).loglikelihood(instances)
-    second = scorer(make_tiny("biased").model, letters)
+    texts = [("shared by", f" {i}") for i in range(3)]
+    instances = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
+    alone = scorer(make_tiny("tied").model, letters)
+    first = scorer(make_tiny("tied").model, letters, cache=tmp_path)
+    assert first.loglikelihood(instances) == alone.loglikelihood(instances)
+    second = scorer(make_tiny("biased").model, letters, cache=tmp_path)
     monkeypatch.setattr(second, "_encode", lambda _: pytest.fail("encoded again"))
-    assert second.loglikelihood(instances) != first
+    assert second.encoded(texts) == alone._encode(texts)
+    with pytest.raises(pytest.fail.Exception, match="encoded again"):
+        second.encoded(texts[:2])
+
+
+def test_tokens_of_another_tokenizer_or_from_a_damaged_file_are_not_taken(
+    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model, texts = make_tiny("tied").model, [("a", "b"), ("a", "c"), ("", "d")]
+    expected = scorer(model, letters, cache=tmp_path).encoded(texts)
+    other = copy.deepcopy(letters)
+    other.add_tokens(["ab"])
+    assert scorer(model, other, cache=tmp_path).encoded(texts) != expected
+    assert len(list(tmp_path.iterdir())) == 2
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-40])
+    assert scorer(model, letters, cache=tmp_path).encoded(texts) == expected
 
 
 def test_a_broken_layer_is_named(make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast) -> None:
