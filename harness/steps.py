@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from harness.budget import target_for
 from harness.calibration import draw_calibration
 from harness.card import Origin, Outcome, matching, model_card
+from harness.cost import CostRequest, describe_cost
 from harness.errors import UserError
 from harness.export import Exported, export_gguf
 from harness.method import PrunedModel
@@ -85,16 +86,53 @@ def prune_and_save(
     return SavedModel(loaded.params, after, target.params, outcome.class_name)
 
 
-def evaluate_folder(model: ModelRef, spec: EvaluationSpec, dtype: Dtype, device: str, batch_tokens: int) -> Evaluation:
+def evaluate_folder(
+    model: ModelRef,
+    spec: EvaluationSpec,
+    dtype: Dtype,
+    device: str,
+    batch_tokens: int,
+    reference: ModelRef | None = None,
+) -> Evaluation:
     """Score a saved model.
 
+    Args:
+        model: the model.
+        spec: what is scored.
+        dtype: of the weights.
+        device: where they run.
+        batch_tokens: tokens run at once.
+        reference: the model to measure the divergence from; None measures none.
+
     Raises:
-        UserError: it does not load.
+        UserError: a model does not load, or the reference has another vocabulary.
     """
+    from harness.evaluation.reference import Dense
     from harness.evaluation.run import evaluate
 
     loaded = load_model(model, dtype, device)
-    return evaluate(loaded.model, loaded.tokenizer, spec, batch_tokens=batch_tokens, progress=None)
+    dense = None
+    if reference is not None:
+        other = load_model(reference, dtype, device)
+        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise UserError(
+                f"{reference.name} and {model.name} have different vocabularies: there is no divergence between them; "
+                "pass the model that was pruned as --reference"
+            )
+        dense = Dense(other.model, other.weights_sha256)
+    return evaluate(loaded.model, loaded.tokenizer, spec, batch_tokens=batch_tokens, dense=dense)
+
+
+def scoring_cost_of(model: ModelRef, spec: EvaluationSpec, dtype: Dtype, device: str, batch_tokens: int) -> str:
+    """In a sentence, what scoring a model will cost.
+
+    Raises:
+        UserError: a model, tasks or data that cannot be reached.
+    """
+    from harness.evaluation.cost import scoring_cost
+
+    request = CostRequest(model=model, dtype=dtype, evaluation=spec, device=device, batch_tokens=batch_tokens)
+    return describe_cost(model.name, scoring_cost(request), [(0.0, "total")])
 
 
 def export_model(model: ModelRef, precision: str, out: Path) -> Exported:

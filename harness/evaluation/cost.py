@@ -21,7 +21,8 @@ from harness.errors import UserError
 from harness.evaluation.quiet import quiet, templates_compiled_once
 from harness.evaluation.scorer import TrieScorer
 from harness.evaluation.tasks import build_tasks
-from harness.models.loading import checkpoint_folder, require_device
+from harness.models.loading import main_device, require_device
+from harness.models.source import checkpoint_folder
 from harness.structure import count_parameters
 
 _BATCH, _LENGTH = 4, 128
@@ -35,9 +36,9 @@ def scoring_cost(request: CostRequest) -> ScoringCost:
     Raises:
         UserError: a model, tasks or data that cannot be reached.
     """
-    require_device(request.device)
+    require_device(main_device(request.device))
     folder = checkpoint_folder(request.model)
-    spec, device = request.evaluation, torch.device(request.device)
+    spec, device = request.evaluation, torch.device(main_device(request.device))
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder, local_files_only=True), dtype=getattr(torch, request.dtype)

@@ -46,7 +46,12 @@ _FILES = {
 _GROUP_FOLDERS = {"mmlu": "mmlu/default", "mmlu_continuation": "mmlu/continuation"}
 """Group -> the folder of its stock definitions."""
 
-_ALIASES = {"commonsense": COMMONSENSE}
+_ALIASES = {
+    "commonsense": COMMONSENSE,
+    "suite": (
+        *COMMONSENSE, "mmlu", "mmlu_continuation", "boolq", "lambada_openai", "sciq", "commonsense_qa", "copa",
+    ),
+}  # fmt: skip
 
 
 def known_tasks() -> tuple[str, ...]:

@@ -21,6 +21,9 @@ from harness.models.source import checkpoint_folder
 from harness.records import Dtype, ModelRef, ParamCounts
 from harness.structure import ModelStructure, count_parameters, describe
 
+SEVERAL = "auto"
+"""As a device: accelerate spreads the layers over the GPUs there are, then the CPU, then the disk."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -52,11 +55,12 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
     Raises:
         UserError: it cannot be reached, has no weights, or is not a model that can be pruned.
     """
-    require_device(device)
+    if device != SEVERAL:
+        require_device(device)
     folder = checkpoint_folder(ref)
     digest = weights_sha256(folder)
     try:
-        model = read_model(folder, getattr(torch, dtype))
+        model = read_model(folder, getattr(torch, dtype), "auto" if device == SEVERAL else None)
         tokenizer = _load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or "no message"
@@ -64,11 +68,13 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
             f"{folder} could not be loaded as a language model ({type(error).__name__}: {reason}); "
             "pass a complete save_pretrained folder"
         ) from error
-    model.to(device).eval().requires_grad_(False)
+    if device != SEVERAL:
+        model.to(device)
+    model.eval().requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=digest)
 
 
-def read_model(folder: Path, dtype: torch.dtype) -> Any:
+def read_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> Any:
     """The model of a checkpoint folder, its weights checked against its configuration before they are read.
 
     Raises:
@@ -77,11 +83,13 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     """
     values = read_config(folder)
     if values.get("model_type") == mobilellm.MODEL_TYPE:
+        if device_map is not None:
+            raise UserError("a MobileLLM checkpoint cannot be spread over several devices; name one with --device")
         return mobilellm.load_mobilellm(folder, values, dtype)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     check_weights(folder, parameter_shapes(without_weights(config)))
     return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, device_map=device_map
     )
 
 
@@ -89,6 +97,13 @@ def _load_tokenizer(folder: Path) -> Any:
     if read_config(folder).get("model_type") == mobilellm.MODEL_TYPE:
         return mobilellm.load_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def main_device(device: str) -> str:
+    """The device that inputs go to: the one that was named, or the first of several."""
+    if device != SEVERAL:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def require_device(device: str) -> None:

@@ -31,7 +31,7 @@ _FURTHER = (
     "settings", "reason", "best_or_tied", "p_vs_best", "commonsense_tasks", "commonsense_spread", "delta_ci_low",
     "delta_ci_high", "delta_p", "mmlu_ci_low", "mmlu_ci_high", "ppl_word", "kl_dense", "kl_dense_ci_low",
     "kl_dense_ci_high", "margin", "margin_ci_low", "margin_ci_high", "margin_delta", "margin_delta_ci_low",
-    "margin_delta_ci_high", "eval_peak_bytes", "seed_values", "knob", "tied_embeddings",
+    "margin_delta_ci_high", "eval_peak_bytes", "seed_values", "dtype", "knob", "tied_embeddings",
 )  # fmt: skip
 _COUNTS = ("params_total", "seeds", "prune_peak_bytes", "eval_peak_bytes")
 
@@ -46,26 +46,26 @@ def task_columns(rows: Sequence[Row]) -> list[str]:
 
 
 def order_rows(rows: Iterable[Row], scores: Mapping[Row, RowScores]) -> list[Row]:
-    """By model, sparsity, basis; those with scores first, by contest, average from high to low."""
+    """By precision (float32 first), model, sparsity, basis; with scores first, by contest, average from high to low."""
 
     def order(row: Row) -> tuple[object, ...]:
         found = scores.get(row, RowScores()).average
-        average = found.value if found else float("-inf")
+        average = round(found.value, 12) if found else float("-inf")
         spec = row.spec
         within = (row.status != "ok", not row.is_reference, row.contest, -average, spec.method, row.settings)
-        return spec.model.name, spec.sparsity, spec.basis, *within
+        return spec.dtype != "float32", spec.dtype, spec.model.name, spec.sparsity, spec.basis, *within
 
     return sorted(rows, key=order)
 
 
-def build_frame(rows: Sequence[Row], scores: Mapping[Row, RowScores]) -> pd.DataFrame:
+def build_frame(rows: Sequence[Row], scores: Mapping[Row, RowScores], tasks: Sequence[str]) -> pd.DataFrame:
     """A line for every chance level, then one for every row.
 
     Args:
         rows: of the table, in its order.
         scores: of the rows that have any.
+        tasks: with a column of their own.
     """
-    tasks = task_columns(rows)
     guessed = [(text, scores[row].guessing) for text, row in evaluations(row for row in rows if row in scores)]
     lines = [_chance_line(settings, guessing) for settings, guessing in guessed if guessing.tasks]
     lines += [_line(row, scores.get(row, RowScores()), tasks) for row in rows]
@@ -81,6 +81,7 @@ def _line(row: Row, scores: RowScores, tasks: Sequence[str]) -> Line:
         "method": spec.method,
         "target_sparsity": spec.sparsity,
         "basis": spec.basis,
+        "dtype": spec.dtype,
         "status": row.status,
         "seeds": len(row.records),
         "seed_values": " ".join(str(record.spec.seed) for record in row.records),

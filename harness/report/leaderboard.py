@@ -25,13 +25,30 @@ from harness.store import Store
 
 
 @dataclass(frozen=True, slots=True)
+class Section:
+    """The rows of one precision."""
+
+    heading: str
+    """Names it; empty where there is only one."""
+    columns: tuple[Column, ...]
+
+    def to_markdown(self) -> str:
+        """As a pipe table below its heading."""
+        headings = [column.heading for column in self.columns]
+        lines = list(zip(*([_markdown(cell) for cell in column.cells] for column in self.columns), strict=True))
+        alignment = ["left" if column.part == "name" else "right" for column in self.columns]
+        table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+        return f"## {self.heading}\n\n{table}" if self.heading else table
+
+
+@dataclass(frozen=True, slots=True)
 class Leaderboard:
     """A table of methods with everything a reader needs to judge it."""
 
     frame: pd.DataFrame
     """The CSV file: see `harness.report.frame`."""
-    columns: tuple[Column, ...]
-    """The same for people."""
+    sections: tuple[Section, ...]
+    """The same for people, one table per precision: scores of different ones do not compare."""
     notes: tuple[str, ...]
     store: Store = field(repr=False)
     rows: tuple[Row, ...] = field(repr=False)
@@ -65,12 +82,9 @@ class Leaderboard:
 
     def to_markdown(self) -> str:
         """The table for people and its notes."""
-        headings = [column.heading for column in self.columns]
-        lines = list(zip(*([_markdown(cell) for cell in column.cells] for column in self.columns), strict=True))
-        alignment = ["left" if column.part == "name" else "right" for column in self.columns]
-        table = tabulate(lines, headings, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+        tables = "\n\n".join(section.to_markdown() for section in self.sections)
         bullets = "\n".join(f"- {note}" for note in self.notes)
-        return f"# {self.title}\n\n{table}\n\n{bullets}\n"
+        return f"# {self.title}\n\n{tables}\n\n{bullets}\n"
 
     def to_markdown_file(self, path: Path) -> None:
         """Write the table for people and its notes, atomically.
@@ -83,7 +97,11 @@ class Leaderboard:
     def to_rich(self) -> Group:
         """The same for the terminal."""
         bullets = [Padding(Text(f"• {note}"), (0, 0, 0, 1)) for note in self.notes]
-        return Group(Text(self.title, style="bold"), Tables(self.columns), *bullets)
+        tables: list[Text | Tables] = []
+        for section in self.sections:
+            tables += [Text(section.heading, style="bold")] if section.heading else []
+            tables.append(Tables(section.columns))
+        return Group(Text(self.title, style="bold"), *tables, *bullets)
 
     def pairs(self) -> list[PairTable]:
         """Every pair of methods at one sparsity, read anew from the per-document scores."""
@@ -117,9 +135,17 @@ def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, comman
     for contest in contests(rows):
         scores |= score_contest(store, contest, dense.get(contest[0].reference))
     rows = order_rows(rows, scores)
-    frame = build_frame(rows, scores)
-    columns = layout(frame, task_columns(rows), ppl_heading(rows))
-    return Leaderboard(frame, tuple(columns), tuple(notes(rows, scores, command)), store, tuple(rows))
+    parts = {
+        dtype: [row for row in rows if row.spec.dtype == dtype] for dtype in dict.fromkeys(r.spec.dtype for r in rows)
+    }
+    tasks = task_columns(rows)
+    frames = {dtype: build_frame(part, scores, tasks) for dtype, part in parts.items()}
+    sections = [
+        Section(f"Weights in {dtype}" if len(parts) > 1 else "", tuple(layout(frame, tasks, ppl_heading(parts[dtype]))))
+        for dtype, frame in frames.items()
+    ]
+    frame = pd.concat(frames.values(), ignore_index=True) if len(frames) > 1 else next(iter(frames.values()))
+    return Leaderboard(frame, tuple(sections), tuple(notes(rows, scores, command)), store, tuple(rows))
 
 
 def _markdown(cell: Cell) -> str:

@@ -256,7 +256,8 @@ def _with_marks(summaries: dict[Row, RowScores], samples: dict[Row, Sample]) -> 
     averages = {row: s.average.value for row, s in summaries.items() if s.average and not row.is_reference}
     if not averages:
         return summaries
-    best = max(averages, key=lambda row: averages[row])
+    # Equal averages: by name, whatever order the records were read in.
+    best = min(averages, key=lambda row: (-round(averages[row], 12), row.spec.method, row.settings))
     tasks = summaries[best].averaged_tasks
     others = [row for row in averages if row is not best]
     adjusted = statistics.holm([samples[best].less(samples[row], tasks).p_value for row in others])

@@ -85,7 +85,10 @@ def test_compare_ends_with_a_leaderboard_of_matched_sizes(compared: tuple[Path, 
     assert 0 <= 0.02 - flap["sparsity_non_embedding"] < 3 * 48 * 2 / 150_000
     assert flap["macs_per_token"] < methods[methods["method"] == "dense"].iloc[0]["macs_per_token"]
     assert (methods[["prefill_vs_dense", "decode_vs_dense"]] > 0).all(axis=None)
-    assert "Leaderboard" in shown
+    assert "4 documents (2 of arc_easy, winogrande)" in shown.split("Leaderboard")[0]
+    dense = methods[methods["method"] == "dense"].iloc[0]
+    assert (dense["kl_dense"], dense["kl_dense_ci_high"]) == (0, 0)
+    assert flap["kl_dense"] > 0
     assert "To reproduce" in (out / "latest" / "leaderboard.md").read_text()
 
 
@@ -150,8 +153,10 @@ def test_prune_saves_a_folder_that_loads_evaluates_and_exports(checkpoint: Path,
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.model.layers[0].mlp.down_proj.bias is not None
     measures = tmp_path / "measures.json"
-    harness("evaluate", str(out), *SMALL, "--json", str(measures))
-    assert {m["name"] for m in json.loads(measures.read_text())} >= {"arc_easy/acc_norm", "winogrande/acc"}
+    shown = harness("evaluate", str(out), *SMALL, "--reference", str(checkpoint), "--json", str(measures))
+    assert "4 documents (2 of arc_easy, winogrande) and 64 held-out tokens" in shown
+    names = {m["name"] for m in json.loads(measures.read_text())}
+    assert names >= {"arc_easy/acc_norm", "arc_easy/margin", "winogrande/acc", "heldout/kl_dense"}
     gguf = tmp_path / "pruned.gguf"
     assert "architecture deci" in harness("export", "--format", "gguf", str(out), "--out", str(gguf))
     assert gguf.read_bytes()[:4] == b"GGUF"
@@ -181,6 +186,7 @@ def test_the_card_of_a_pruned_folder_has_the_scores_of_the_run_that_it_equals(
         (["compare", "--limit", "0"], "limit = 0 is not allowed"),
         (["prune", "--method", "flap", "--sparsity", "0.2", "--out", "tests"], "tests exists already"),
         (["evaluate", "harness"], "has no config.json"),
+        (["compare", "--device", "auto"], "name one device, such as cuda"),
         (["evaluate", "smollm2-135m", "--device", "cuda:7"], "device 'cuda:7' cannot be used here"),
         (["report", "docs"], "no runs in docs"),
         (["export", "smollm2-135m", "--precision", "q4"], "precision 'q4' is not known; pass one of float32, float16"),

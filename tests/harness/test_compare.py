@@ -113,8 +113,8 @@ def test_the_cost_is_told_before_anything_runs_and_only_of_what_is_missing(tmp_p
     # 1000 tokens x 0.1 s, and (50 + 3 x 100) head rows x 0.2 s; 10% of 1200
     # parameters are 12% of the layers' 1000: 170 + 158 + 146 s.
     assert told == [
-        "Scoring smollm2-135m: 2 documents (2 of arc_easy) and 100 held-out tokens; 1,000 tokens to run, shared ones "
-        "once. About 3 min a model here, 8 min for 3 runs; pruning comes on top."
+        "Scoring smollm2-135m: 2 documents (2 of arc_easy) and 100 held-out tokens, 1,000 tokens to run with shared "
+        "ones once: about 3 min a model here, 8 min for 3 runs. Pruning and loading come on top."
     ]
     compare(comparison("dense", "flap"), store, Recorder(store), lambda _event: None, on_cost=told.append)
     assert len(told) == 1

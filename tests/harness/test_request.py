@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness.errors import UserError
 from harness.records import EfficiencySpec
@@ -20,7 +21,7 @@ FLAGS: dict[str, Any] = {
     "calibration": "wikipedia",
     "calibration_samples": 64,
     "calibration_length": 128,
-    "tasks": "commonsense,mmlu",
+    "tasks": None,
     "profile": "quick",
     "limit": None,
     "mmlu_limit": None,
@@ -55,6 +56,29 @@ def test_quick_profile_keeps_adapt_pruners_steps_affordable_unless_told_otherwis
     told = {**FLAGS, "set_": ["adapt-pruner.samples_per_step=16"]}
     assert comparison_from(told, {"set_"}, None).method_params["adapt-pruner"] == {"samples_per_step": 16}
     assert comparison_from({**FLAGS, "profile": "standard"}, (), None).method_params == {}
+
+
+def test_a_profile_picks_tasks_and_documents_unless_told_otherwise() -> None:
+    evaluations = {
+        name: comparison_from({**FLAGS, "profile": name}, (), None).evaluation for name in ("quick", "standard", "full")
+    }
+    assert [e.limit for e in evaluations.values()] == [40, 200, None]
+    assert [e.mmlu_num_fewshot for e in evaluations.values()] == [0, 5, 5]
+    assert [len(e.tasks) for e in evaluations.values()] == [8, 9, 13]
+    assert "boolq" not in evaluations["full"].tasks  # its passages are the default calibration text
+    told = comparison_from({**FLAGS, "profile": "standard", "tasks": "piqa", "limit": 3}, {"tasks", "limit"}, None)
+    assert (told.evaluation.tasks, told.evaluation.limit, told.evaluation.mmlu_limit) == (("piqa",), 3, 10)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_dtype_auto_is_bfloat16_where_the_processor_multiplies_it(
+    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    # The spec holds what was chosen: a number never depends on which machine reads it.
+    assert comparison_from({**FLAGS, "dtype": "auto"}, {"dtype"}, None).dtype == expected
+    assert comparison_from({**FLAGS, "dtype": "bfloat16"}, {"dtype"}, None).dtype == "bfloat16"
 
 
 def test_dense_is_always_there_to_compare_with() -> None:

@@ -7,9 +7,13 @@ import math
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from harness.evaluation import run
 from harness.evaluation.run import COLUMNS, Evaluation, evaluate, right_margin
+from harness.evaluation.tasks import TaskSet
 from harness.records import EvaluationSpec, Measure
 
 SPEC = EvaluationSpec(
@@ -128,3 +132,35 @@ def test_batches_and_repetition_change_nothing_and_nothing_is_printed(
     )
     for one, other in zip(again.documents.loglikelihoods, first.loglikelihoods, strict=True):
         assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_a_question_with_a_single_choice_is_scored_beside_others(
+    model: PreTrainedModel, letters: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [
+        {"question": "Why?", "choices": ["so"], "answer": 0},
+        {"question": "Who?", "choices": ["he", "she", "it"], "answer": 1},
+    ]
+    task = ConfigurableTask(
+        config={
+            "task": "single",
+            "dataset_path": "none",
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+            "test_split": "test",
+            "num_fewshot": 0,
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "answer",
+            "doc_to_choice": "choices",
+            "metric_list": [{"metric": "acc"}],
+        }
+    )
+    task_set = TaskSet((task,), {"single": task}, {"single": "single"})
+    monkeypatch.setattr(run, "build_tasks", lambda _spec: task_set)
+    found = evaluate(model, letters, EvaluationSpec(tasks=("single",), heldout_tokens=0), batch_tokens=64)
+    alone, chosen = found.documents.itertuples()
+    assert (alone.acc, alone.chance, len(alone.loglikelihoods)) == (1, 1.0, 1)
+    assert pd.isna(alone.margin)
+    assert not pd.isna(chosen.margin)
+    # A mean over half of the documents would pass for one over all.
+    assert "single/margin" not in {m.name for m in found.measures}

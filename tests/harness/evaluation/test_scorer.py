@@ -329,3 +329,39 @@ def test_attention_that_is_not_plain_causal_is_found_out(
     lm = scorer(model, letters)
     assert lm.why_not_fast == "its attention is not plain causal attention"
     assert_equal(lm._loglikelihood_tokens(questions()), stock(model, questions()))
+
+
+def test_layers_may_lie_on_several_devices_and_on_the_disk(
+    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, stock: Stock, tmp_path: Path
+) -> None:
+    # No second device here computes, so accelerate's hooks are at work between the processor and the disk: a layer's
+    # weights are there only while it runs.
+    whole = make_tiny("grouped-query", torch.float32).model
+    whole.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float32,
+        device_map={**places, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offload",
+    ).eval()
+    assert spread.model.layers[1].mlp.up_proj.weight.is_meta
+    lm = scorer(spread, letters)
+    assert lm.why_not_fast is None
+    assert_equal(lm._loglikelihood_tokens(questions()), stock(whole, questions()), tolerance=1e-4)
+
+
+def test_an_offloaded_head_goes_lm_evals_own_way_and_is_noted(
+    make_tiny: Callable[..., LoadedModel], letters: PreTrainedTokenizerFast, stock: Stock, tmp_path: Path
+) -> None:
+    whole = make_tiny("grouped-query", torch.float32).model
+    whole.save_pretrained(tmp_path / "model")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float32,
+        device_map={"model": "cpu", "lm_head": "disk"},
+        offload_folder=tmp_path / "offload",
+    ).eval()
+    lm = scorer(spread, letters)
+    assert_equal(lm._loglikelihood_tokens(questions()), stock(whole, questions()), tolerance=1e-4)
+    assert lm.notes == ("24 requests were scored by lm-eval's own runner: its head is offloaded",)

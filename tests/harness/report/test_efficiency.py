@@ -48,7 +48,7 @@ def test_columns_are_means_over_seeds(timed: Store) -> None:
 
 
 def test_people_read_the_speed_beside_its_ratio_to_dense(timed: Store) -> None:
-    cells = {c.heading: [cell.text for cell in c.cells] for c in build_leaderboard(timed).columns}
+    cells = {c.heading: [cell.text for cell in c.cells] for c in build_leaderboard(timed).sections[0].columns}
     assert cells["MMACs/token"] == ["278.0"]
     assert cells["weights MiB"] == ["1,024.0"]
     assert cells["first token ms"] == ["500.0"]
@@ -66,7 +66,7 @@ def test_records_without_these_measures_stay_readable_and_get_no_columns() -> No
     leaderboard = build_leaderboard(Store(REFERENCE))
     assert not leaderboard.frame.empty
     assert leaderboard.frame[list(COLUMNS)].isna().all(axis=None)
-    headings = {column.heading for column in leaderboard.columns}
+    headings = {column.heading for column in leaderboard.sections[0].columns}
     assert not any("MACs" in heading or "x dense" in heading for heading in headings)
     assert not any(note.startswith("Efficiency") for note in leaderboard.notes)
 

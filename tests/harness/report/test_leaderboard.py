@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from harness import statistics
+from harness import store as store_module
 from harness.errors import UserError
-from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, RunRecord, RunSpec
+from harness.records import CalibrationSpec, EvaluationSpec, Measure, ModelRef, RunRecord, RunSpec
 from harness.report import build_leaderboard
 from harness.store import Store
 
@@ -222,6 +223,79 @@ def test_runs_with_other_settings_are_never_mixed(
     assert flap["settings"].nunique() == 2
 
 
+def test_bfloat16_rows_stand_in_a_table_of_their_own(store: Store, add_run: Make) -> None:
+    for dtype in ("bfloat16", "float32"):
+        add_run("dense", 0.0, 0.55, calibration=None, dtype=dtype)
+        add_run("flap", 0.2, 0.5, dtype=dtype)
+    leaderboard = build_leaderboard(store)
+    assert [section.heading for section in leaderboard.sections] == ["Weights in float32", "Weights in bfloat16"]
+    markdown = leaderboard.to_markdown()
+    first, second = markdown.split("## Weights in bfloat16")
+    assert "## Weights in float32" in first
+    for table in (first, second):
+        assert [table.count(f"| {name}") for name in ("chance", "dense", "**flap")] == [1, 1, 1]
+    frame = leaderboard.frame.dropna(subset="dtype")
+    assert frame["dtype"].tolist() == ["float32"] * 2 + ["bfloat16"] * 2
+    # Each is best of its own contest, and measured against the dense model in its own precision.
+    assert frame[frame["method"] == "flap"]["best_or_tied"].tolist() == ["best", "best"]
+
+
+def test_of_equal_averages_the_first_name_is_best_whatever_order_they_are_read_in(
+    store: Store, make_spec: MakeSpec, make_documents: MakeDocuments, make_record: Make
+) -> None:
+    documents = make_documents(make_spec("flap"))
+    records = [make_record(make_spec(method), documents) for method in ("slicegpt", "flap")]
+    for record in records:
+        store.write(record, documents)
+    for order in (records, records[::-1]):
+        frame = build_leaderboard(store, [record.spec.run_id for record in order]).frame
+        assert frame.dropna(subset="model")["best_or_tied"].tolist() == ["best", "tied"]
+        assert frame.dropna(subset="model")["method"].tolist() == ["flap", "slicegpt"]
+
+
+def test_margins_are_averaged_like_the_scores_and_paired_with_dense(store: Store, add_run: Make) -> None:
+    add_run("dense", 0.0, 0.55, calibration=None)
+    add_run("flap", 0.2, 0.5)
+    frame = build_leaderboard(store).frame
+    flap, dense = _row(frame, "flap"), _row(frame, "dense")
+    # The synthetic margin is +1 for a right answer and -1 for a wrong one.
+    assert flap["margin"] == pytest.approx(2 * flap["commonsense_avg"] - 1)
+    assert flap["margin_ci_low"] == pytest.approx(2 * flap["commonsense_ci_low"] - 1)
+    assert flap["margin_delta"] == pytest.approx(flap["margin"] - dense["margin"])
+    assert flap["margin_delta_ci_high"] == pytest.approx(2 * flap["delta_ci_high"])
+    assert np.isnan(dense["margin_delta"])
+
+
+def test_runs_from_before_there_were_margins_still_read(
+    store: Store, make_spec: MakeSpec, make_documents: MakeDocuments, make_record: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    documents = make_documents(spec).drop(columns="margin")
+    with monkeypatch.context() as before:
+        before.delitem(store_module.DOCUMENT_TYPES, "margin")
+        store.write(make_record(spec, documents), documents)
+    leaderboard = build_leaderboard(store)
+    flap = _row(leaderboard.frame, "flap")
+    assert flap["commonsense_avg"] > 0
+    assert np.isnan(flap["margin"])
+    assert "margin" not in leaderboard.to_markdown()
+
+
+def test_the_divergence_has_an_interval_over_windows_and_seeds(
+    store: Store, make_spec: MakeSpec, make_documents: MakeDocuments, make_record: Make
+) -> None:
+    for seed, value in ((0, 0.20), (1, 0.24)):
+        spec = make_spec(seed=seed)
+        kl = Measure(
+            name="heldout/kl_dense", value=value, unit="nats/token", higher_is_better=False, stderr=0.03, num_examples=9
+        )
+        store.write(make_record(spec, None, measures=(kl,)), make_documents(spec))
+    flap = _row(build_leaderboard(store).frame, "flap")
+    half = 1.959964 * (0.03**2 + 0.04**2 / 4) ** 0.5  # two values 0.04 apart: variance 0.0008, over two seeds
+    assert flap["kl_dense"] == pytest.approx(0.22)
+    assert (flap["kl_dense_ci_low"], flap["kl_dense_ci_high"]) == pytest.approx((0.22 - half, 0.22 + half), rel=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"model": ModelRef(name="other")},
                                      {"evaluation": EvaluationSpec(tasks=COMMONSENSE, limit=50)}])  # fmt: skip
 def test_only_dense_of_the_same_model_precision_and_evaluation_is_subtracted(
@@ -332,7 +406,7 @@ def test_the_terminal_shows_every_cell_of_the_markdown_at_any_width(compared: St
     console.print(leaderboard.to_rich())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= width for line in text.splitlines())
-    for column in leaderboard.columns:
+    for column in leaderboard.sections[0].columns:
         for cell in column.cells:
             for word in cell.text.replace(", ", ",").split():
                 assert word in text, text
