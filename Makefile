@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: compare test check slow verify gguf-check clean
+.PHONY: compare test check slow golden verify gguf-check clean
 
 compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
@@ -14,6 +14,9 @@ test: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(BIN)/harness verify --out docs/fidelity.md
+
+golden: $(INSTALLED)
+	$(BIN)/pytest -n 2 --dist loadscope -m slow tests/baselines tests/adapt_pruner
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp"

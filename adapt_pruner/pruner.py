@@ -41,8 +41,10 @@ class AdaptPruner(ReimplementedMethod):
         - The last step ends at the target, with channels alone (``stop``): held-out loss 5.29 on SmolLM2-135M at 80% of
           the parameters. Taken whole, that step goes from 82% to 75% of them (loss 5.57; 5.51 with the published fold);
           letting the heads go that fit (``last_heads="fit"``) gives 5.13 at 80%.
-        - Query heads count for the kv head they leave with (``query_fold``), and distances as layer importance mean
-          what they say (``distance_sign``).
+        - Query heads count for the kv head they leave with (``query_fold``): the same loss at 80%, where no head
+          leaves.
+        - Distances as layer importance mean what they say (``distance_sign``): with ``manhattan`` the loss at 80% is
+          5.52, and 5.40 with the published sign, which is better here though it protects the layers that do less.
         - Scores are float32 and not float16, and every layer keeps at least one kv head and one channel.
     """
 

@@ -37,8 +37,8 @@ class LLMPruner(ReimplementedMethod):
         - Scores are float32, never float16, where 29% of A is zero.
         - A query head counts for the kv head it leaves with; the published code credits another one
           (``query_fold="upstream"``), which moves kv head scores by up to 14% and takes another head in 6 of SmolLM2's
-          layers 4..25. On one draw of 10 x 64 tokens its loss was lower by 0.07 at 20% and 0.36 at 40%, and equal or
-          0.05 lower over layers 4..27: right, but no better there.
+          layers 4..25. On one draw of 10 x 64 tokens its loss was lower by 0.07 at 20% and 0.36 at 40% there; over
+          layers 4..27 it was equal at 20%, where no head leaves, and 0.05 lower at 40%: right, but no better.
         - Of every group one unit stays.
     """
 

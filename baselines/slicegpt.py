@@ -44,17 +44,19 @@ class SliceGPT(ReimplementedMethod):
     slice_head: bool = True
     """Slice the head and the last layer's output too.
 
-    Differs: the published default keeps them whole, which at equal size leaves less width for the blocks.
+    Differs: the published default keeps them whole, which at equal size leaves less width for the
+    blocks: SmolLM2-135M at 20% of the parameters has a loss of 6.71, and 6.38 with the head sliced.
     """
     orientation: Literal["pca", "random"] = "pca"
     """Axes inside the kept subspace; the function is the same up to rounding.
 
-    Differs: the published default is ``random``; ``pca`` needs no seed and keeps the columns ordered.
+    Differs: the published default is ``random``; ``pca`` needs no seed, keeps the columns ordered, and loses as much.
     """
     subtract_embedding_mean: bool = False
     """Take each embedding row's mean off, as published.
 
-    Differs: off, because an RMSNorm does not subtract means; on, SmolLM2-135M's loss rises by 3.7e-4.
+    Differs: off, because an RMSNorm does not subtract means; on, the loss of SmolLM2-135M rises by 3.7e-4 unsliced
+    and by 0.03 at 20%.
     """
     damping: Annotated[float, Field(ge=0)] = 0.01
     """Multiple of the mean diagonal added to the second moments before they are decomposed."""
