@@ -60,9 +60,15 @@ def tiny_model(shape: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
     return model.requires_grad_(False)
 
 
-@pytest.fixture(params=sorted(TINY))
+@pytest.fixture(params=sorted(TINY.keys() - {"shared-layers"}))
 def tiny(request: pytest.FixtureRequest) -> LoadedModel:
-    """Each tiny model in float64, without a tokenizer."""
+    """Each tiny model whose layers are applied once, in float64, without a tokenizer."""
+    return LoadedModel(model=tiny_model(request.param), tokenizer=None, weights_sha256=request.param)
+
+
+@pytest.fixture(params=sorted(TINY))
+def any_tiny(request: pytest.FixtureRequest) -> LoadedModel:
+    """Each tiny model, that of layers applied twice included; a module's own ``tiny`` takes it where all are meant."""
     return LoadedModel(model=tiny_model(request.param), tokenizer=None, weights_sha256=request.param)
 
 

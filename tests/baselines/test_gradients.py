@@ -16,6 +16,12 @@ from harness.models import LoadedModel
 Gathered = dict[str, tuple[Tensor | None, Tensor | None]]
 
 
+@pytest.fixture
+def tiny(any_tiny: LoadedModel) -> LoadedModel:
+    """Layers that are applied twice are scored and pruned too."""
+    return any_tiny
+
+
 def prunable(loaded: LoadedModel, first_layer: int = 0) -> list[str]:
     groups = [group for group in loaded.structure.groups if group.layer >= first_layer]
     return [member.module for group in groups for member in group.members]

@@ -38,6 +38,12 @@ def prune(
     return list(method.prune(loaded, calibration, targets, seed))
 
 
+@pytest.fixture
+def tiny(any_tiny: LoadedModel) -> LoadedModel:
+    """Layers that are applied twice are scored and pruned too."""
+    return any_tiny
+
+
 @pytest.fixture(params=COMPETITORS)
 def method(request: pytest.FixtureRequest) -> PruningMethod:
     return build_method(request.param)
