@@ -59,11 +59,12 @@ def fused_model(model: Any, subtract_embedding_mean: bool) -> Any:
     return assemble(model.config, state | ones)
 
 
-def assert_signals_agree(signals: list[PrincipalAxes], figures: list[dict[str, Any]], relative: float) -> None:
-    for found, expected in zip(signals, figures, strict=False):
+def assert_signals_agree(signals: list[PrincipalAxes], case: dict[str, Any], relative: float) -> None:
+    width = case["new_hidden_dimension"]
+    for found, expected in zip(signals, case["pca"], strict=False):
         where = expected["signal"]
         assert float(found.energies.sum()) == pytest.approx(expected["trace_undamped"], rel=relative), where
-        assert found.explained(456) == pytest.approx(expected["explained_if_cut_to_d"], abs=relative), where
+        assert found.explained(width) == pytest.approx(expected["explained_if_cut_to_d"], abs=relative), where
         leading = found.energies[:5].tolist()
         assert leading == pytest.approx(expected["eig_top5"], rel=relative), where
 
@@ -109,7 +110,7 @@ def test_counted_parameters_equal_the_published_table(smollm2: LoadedModel) -> N
 def test_first_layers_agree_with_the_published_ones(smollm2: LoadedModel) -> None:
     case = CASES["s20"]
     found = published(first_layers(smollm2.model, 3)).to_width(456)
-    assert_signals_agree(found.signals[:5], case["pca"], 1e-5)
+    assert_signals_agree(found.signals[:5], case, 1e-5)
     assert_norms_agree(found.state, case["frobenius_norms"], {0, 1}, 1e-5)
     assert_shortcuts_agree(found.state, case["shortcut_singular_values"], range(2), 1e-6, 1e-4)
 
@@ -146,7 +147,7 @@ def sliced(smollm2: LoadedModel) -> SlicedWeights:
 def test_rotation_has_the_published_axes_and_the_dense_loss(smollm2: LoadedModel, rotated: SlicedWeights) -> None:
     case = CASES["rot0"]
     assert sum(tensor.numel() for tensor in rotated.state.values()) == case["params_after"]["total_as_upstream"]
-    assert_signals_agree(rotated.signals, case["pca"], 1e-4)
+    assert_signals_agree(rotated.signals, case, 1e-4)
     assert_norms_agree(rotated.state, case["frobenius_norms"], {0, 1, 14, 29}, 1e-5)
     assert_shortcuts_agree(rotated.state, case["shortcut_singular_values"], range(30), 1e-6, 1e-5)
     loss = heldout_loss(assemble(smollm2.model.config, rotated.state))
@@ -167,7 +168,7 @@ def test_slicing_has_the_published_axes_widths_and_loss(smollm2: LoadedModel, sl
     for name, shape in case["shapes"].items():
         if "shortcut" not in name and name.startswith("layers."):
             assert list(sliced.state[f"model.{name}"].shape) == shape
-    assert_signals_agree(sliced.signals, case["pca"], 1e-4)
+    assert_signals_agree(sliced.signals, case, 1e-4)
     assert_norms_agree(sliced.state, case["frobenius_norms"], {0, 1, 14, 29}, 1e-4)
     assert_shortcuts_agree(sliced.state, case["shortcut_singular_values"], range(30), 1e-4, 1e-2)
     loss = heldout_loss(assemble(smollm2.model.config, sliced.state))
