@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -157,11 +157,13 @@ def paired_bootstrap(
     return paired_difference(replicates_RM[:, 0], replicates_RM[:, 1], float(value))
 
 
-def mcnemar(first_D: ArrayLike, second_D: ArrayLike) -> McNemar:
+def mcnemar(
+    first_D: ArrayLike, second_D: ArrayLike, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> McNemar:
     """McNemar's exact test on the answers, right (1) or wrong (0), of two runs to the same questions.
 
     Given the questions that only one run got right, each run is as likely to be that one if neither is better: a
-    two-sided binomial test at one half.
+    binomial test at one half, one-sided where ``alternative`` is that the first is better (``greater``).
 
     Source: McNemar, Note on the sampling error of the difference between correlated proportions or percentages
     (Psychometrika 12, 1947).
@@ -173,8 +175,57 @@ def mcnemar(first_D: ArrayLike, second_D: ArrayLike) -> McNemar:
     only_second = int(np.count_nonzero(first < second))
     if only_first + only_second == 0:
         return McNemar(0, 0, 1.0)
-    test = stats.binomtest(only_first, only_first + only_second, 0.5)
+    test = stats.binomtest(only_first, only_first + only_second, 0.5, alternative)
     return McNemar(only_first, only_second, float(test.pvalue))
+
+
+def exceeds(strata: Mapping[str, Floats], replicates_R: Floats, margin: float) -> float:
+    """One-sided p-value of an average of paired differences being above a margin, against its being no higher.
+
+    The larger of two: the share of bootstrap replicates at or below the margin, and a score test. Where few answers
+    differ the bootstrap knows too little (none of 50 differing would prove everything); the score test knows that a
+    true average of ``margin`` needs at least as large a share of differing answers. What R resamples cannot resolve
+    (no replicate in the tail) is left to the score test alone.
+
+    Source: Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design (Statistics in Medicine 17, 1998), for the variance under the margin; here over strata that weigh the same.
+
+    Args:
+        strata: task -> differences_D on the documents, within -1 and 1.
+        replicates_R: of the average, from `resampled_average`.
+        margin: what is to be exceeded.
+    """
+    value = float(np.mean([differences_D.mean() for differences_D in strata.values()]))
+    stderr = _null_variance(strata, margin) ** 0.5
+    if stderr == 0:  # only for margin 0 and no difference at all
+        return 1.0
+    p_score = float(stats.norm.sf((value - margin) / stderr))
+    # Sums of the same answers in another order may differ by rounding.
+    count = int(np.count_nonzero(replicates_R <= margin + 1e-12))
+    return max(p_score, (count + 1) / (len(replicates_R) + 1)) if count else p_score
+
+
+def documents_needed(strata: Mapping[str, Floats], drop: float, power: float = 0.8) -> int:
+    """Documents with which `exceeds` tells with this power that nothing dropped by ``drop``, if in truth nothing did.
+
+    As many in each stratum, relative to the others, as there are now, and answers differing as often.
+
+    Args:
+        strata: task -> differences_D on the documents.
+        drop: positive; the margin is its negative.
+        power: share of such comparisons in which the 5% test succeeds.
+    """
+    now = sum(len(differences_D) for differences_D in strata.values())
+    critical = float(stats.norm.ppf(CONFIDENCE)) * _null_variance(strata, -drop) ** 0.5
+    noise = float(stats.norm.ppf(power)) * _null_variance(strata, 0.0) ** 0.5
+    return int(np.ceil(now * ((critical + noise) / drop) ** 2))
+
+
+def _null_variance(strata: Mapping[str, Floats], margin: float) -> float:
+    """Variance of the average of task means if its expectation is the margin."""
+    weights = [1 / (len(strata) ** 2 * len(differences_D)) for differences_D in strata.values()]
+    moment = sum(w * float(np.mean(d_D**2)) for w, d_D in zip(weights, strata.values(), strict=True))
+    return max(moment, abs(margin) * sum(weights)) - margin**2 * sum(weights)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -218,3 +218,35 @@ def test_guessers_land_in_the_interval_of_chance() -> None:
     assert ((guesses >= low) & (guesses <= high)).mean() == pytest.approx(0.95, abs=0.012)
     # By hand: variance (0.1875 / 50 + 0.25 / 40) / 4 = 0.0025.
     assert (low, high) == pytest.approx((0.375 - 1.959964 * 0.05, 0.375 + 1.959964 * 0.05))
+
+
+def test_one_sided_mcnemar_is_the_binomial_tail() -> None:
+    first, second = _answers((20, 9, 2, 10))
+    assert statistics.mcnemar(first, second, "greater").p_value == pytest.approx(stats.binom.sf(8, 11, 0.5))
+    assert statistics.mcnemar(second, first, "greater").p_value == pytest.approx(stats.binom.sf(1, 11, 0.5))
+
+
+def test_equal_answers_exclude_a_drop_only_if_there_are_enough_of_them() -> None:
+    """No differing answer in n: Tango's score is sqrt(n d / (1 - d)), by hand."""
+    for num_documents, drop in ((280, 0.01), (100, 0.01), (280, 0.05)):
+        strata = {"a": np.zeros(num_documents)}
+        p_value = statistics.exceeds(strata, np.zeros(10_000), -drop)
+        assert p_value == pytest.approx(stats.norm.sf((num_documents * drop / (1 - drop)) ** 0.5))
+    assert statistics.exceeds({"a": np.zeros(50)}, np.zeros(10_000), 0.0) == 1.0
+
+
+def test_against_no_margin_the_score_test_is_mcnemars_asymptotic_one() -> None:
+    first, second = _answers((300, 30, 12, 200))
+    strata = {"a": first - second}
+    replicates = statistics.resampled_average({"a": strata["a"][None]})[:, 0]
+    p_value = statistics.exceeds(strata, replicates, 0.0)
+    assert p_value == pytest.approx(stats.norm.sf((30 - 12) / (30 + 12) ** 0.5), rel=0.35)
+    assert p_value >= (np.count_nonzero(replicates <= 0) + 1) / 10_001
+
+
+def test_documents_needed_grow_with_the_square_of_the_drop() -> None:
+    strata = {"a": np.repeat([1.0, -1.0, 0.0], [50, 50, 900])}
+    # Textbook: (z_95 + z_80)^2 x share of differing answers / drop^2, the drop's square being small.
+    textbook = (stats.norm.ppf(0.95) + stats.norm.ppf(0.8)) ** 2 * 0.1 / 0.02**2
+    assert statistics.documents_needed(strata, 0.02) == pytest.approx(textbook, rel=0.01)
+    assert statistics.documents_needed(strata, 0.01) == pytest.approx(4 * textbook, rel=0.01)
