@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -53,7 +53,7 @@ def expand(comparison: Comparison) -> list[list[RunSpec]]:
     Settings that cannot change a method's numbers are left out of its specs, so that a dense model is scored once
     however many seeds and calibrations are compared.
     """
-    tracks: dict[str, dict[str, RunSpec]] = {}
+    specs = []
     for model in comparison.models:
         for name in comparison.methods:
             method = build_method(name, comparison.method_params.get(name))
@@ -73,9 +73,17 @@ def expand(comparison: Comparison) -> list[list[RunSpec]]:
                         round_to=comparison.round_to if name != "dense" else None,
                         uniform=comparison.uniform if name != "dense" else None,
                     )
-                    key = spec.model_copy(update={"sparsity": 0.0}).run_id
-                    tracks.setdefault(key, {})[spec.run_id] = spec
-    return [list(specs.values()) for specs in tracks.values()]
+                    specs.append(spec)
+    return tracks_of(specs)
+
+
+def tracks_of(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
+    """The specs, each once, grouped into tracks: runs that differ in sparsity alone, by rising sparsity."""
+    tracks: dict[str, dict[str, RunSpec]] = {}
+    for spec in specs:
+        key = spec.model_copy(update={"sparsity": 0.0}).run_id
+        tracks.setdefault(key, {})[spec.run_id] = spec
+    return [sorted(members.values(), key=lambda spec: spec.sparsity) for members in tracks.values()]
 
 
 def compare(
@@ -111,10 +119,40 @@ def compare(
         UserError: something the user must mend; finished runs stay.
     """
     tracks = expand(comparison)
+    options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads}
+    make_runs(tracks, store, executor, on_event, options, on_plan=on_plan, on_cost=on_cost, force=force)
+    return build_leaderboard(store, [spec.run_id for track in tracks for spec in track], command=command)
+
+
+def make_runs(
+    tracks: Sequence[Sequence[RunSpec]],
+    store: Store,
+    executor: Executor,
+    on_event: Callable[[Event], None],
+    options: dict[str, Any],
+    *,
+    on_plan: Callable[[Sequence[RunSpec], Sequence[RunSpec]], None],
+    on_cost: Callable[[str], None] | None,
+    force: bool,
+) -> None:
+    """Make the runs of the tracks that ``store`` does not hold yet, or all of them.
+
+    Args:
+        tracks: as `tracks_of` groups them.
+        store: where records are, and go.
+        executor: where tracks run.
+        on_event: hears of every track's progress.
+        options: of every `Track`: device, batch_tokens, num_threads.
+        on_plan: hears which runs there are and which will be made.
+        on_cost: hears what scoring will cost before it starts; None spares the estimate.
+        force: make again what is done.
+
+    Raises:
+        UserError: something the user must mend; finished runs stay.
+    """
     specs = [spec for track in tracks for spec in track]
     missing = specs if force else store.missing(specs)
     on_plan(specs, missing)
-    options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads}
     if on_cost is not None:
         for sentence in _costs(missing, executor, store.root / CACHE, options):
             on_cost(sentence)
@@ -127,7 +165,6 @@ def compare(
             todo = todo if force else tuple(store.missing(todo))
             if todo:
                 executor.run(Track(specs=todo, out=store.root, **options), on_event)
-    return build_leaderboard(store, [spec.run_id for spec in specs], command=command)
 
 
 def _costs(specs: Sequence[RunSpec], executor: Executor, cache: Path, options: dict[str, Any]) -> Iterator[str]:

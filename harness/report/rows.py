@@ -73,7 +73,7 @@ def evaluations(rows: Iterable[Row]) -> list[tuple[str, Row]]:
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(_key(row.spec.evaluation.model_dump(mode="json"), _fingerprints(row)), row)
-    flat = [_flatten(row.spec.evaluation.model_dump(mode="json"), "evaluation.") for row in first.values()]
+    flat = [flatten(row.spec.evaluation.model_dump(mode="json"), "evaluation.") for row in first.values()]
     origins = [{"data": _fingerprints(row)} for row in first.values()]
     return list(zip(_differences(flat, origins), first.values(), strict=True))
 
@@ -112,7 +112,7 @@ def _settings(group: Sequence[Row]) -> list[str]:
     if len(group) == 1:
         return [""]
     told = {"seed", "method", "sparsity", "basis"}
-    flat = [_flatten(row.spec.model_dump(mode="json", exclude=told)) for row in group]
+    flat = [flatten(row.spec.model_dump(mode="json", exclude=told)) for row in group]
     origins = [dict(zip(("weights", "data"), _origin(row.records[0].provenance), strict=True)) for row in group]
     return _differences(flat, origins)
 
@@ -130,12 +130,12 @@ def _differences(specs: Sequence[Mapping[str, str]], origins: Sequence[Mapping[s
     return ["; ".join(text) for text in texts]
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """``{"calibration": {"num_samples": 64}}`` as ``{"calibration.num_samples": "64"}``."""
     flat: dict[str, str] = {}
     for name, item in value.items():
         if isinstance(item, dict):
-            flat.update(_flatten(item, f"{prefix}{name}."))
+            flat.update(flatten(item, f"{prefix}{name}."))
         else:
             text = item if isinstance(item, str) else json.dumps(item)
             flat[prefix + name] = text if len(text) <= _LONGEST_SETTING else f"#{_short(text)}"

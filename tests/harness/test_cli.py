@@ -236,3 +236,29 @@ def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(
     assert process.returncode == 130, shown
     assert "the same command goes on with the rest" in shown
     assert all(record.status == "ok" for record in store.records())
+
+
+def test_regress_makes_the_candidate_by_the_references_specs(compared: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = compared
+    candidate, junit = tmp_path / "candidate", tmp_path / "junit.xml"
+    options = ["--reference", str(out), "--candidate", str(candidate), "--junit", str(junit)]
+    # Four documents, all answered alike, exclude a drop by half and no smaller one.
+    shown = harness("regress", *options, "--run", "--tolerance", "50")
+    assert Store(candidate).run_ids() == Store(out).run_ids()
+    assert "# Regression: ✅ pass" in shown
+    assert 'failures="0" errors="0"' in junit.read_text()
+    assert "cannot tell" in harness("regress", *options, "--tolerance", "1", expect=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tolerance", "0"], "--tolerance 0 is not in (0, 100] points"),
+        (["--run"], "--candidate is the reference itself"),
+        (["--candidate", "nowhere"], "nowhere has no runs"),
+    ],
+)
+def test_regress_refuses_what_it_cannot_use(options: list[str], message: str, compared: tuple[Path, str]) -> None:
+    out, _ = compared
+    same = ["--reference", str(out), "--candidate", str(out)]
+    assert message in harness("regress", *same, *options, expect=2)
