@@ -1,0 +1,57 @@
+"""The page on CI and the action: their flags exist, and their shell does what it says."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from harness import cli
+from harness.regression import Limits
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "ci.md").read_text()
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
+FLAGS = {"--" + name.replace("_", "-") for name in inspect.signature(cli.regress).parameters}
+
+
+def test_every_flag_on_the_page_exists() -> None:
+    elsewhere = {"--profile"}
+    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) - elsewhere <= FLAGS
+    assert {"--" + name.replace("_", "-") for name in Limits.__slots__} <= set(re.findall(r"--[a-z-]+", PAGE))
+
+
+def test_the_steps_on_the_page_give_the_action_inputs_that_it_has() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    step = yaml.safe_load(example)["jobs"]["accuracy"]["steps"][-1]
+    assert set(step["with"]) <= set(ACTION["inputs"])
+    required = {name for name, field in ACTION["inputs"].items() if field.get("required")}
+    assert required <= set(step["with"])
+
+
+def test_the_actions_shell_runs_the_check_and_keeps_its_exit_code(tmp_path: Path) -> None:
+    """The step as GitHub runs it: bash, with the inputs in the environment, on the committed reference."""
+    step = next(step for step in ACTION["runs"]["steps"] if step.get("id") == "regress")
+    program = tmp_path / "harness" / "bin" / "harness"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harness.cli "$@"\n')
+    program.chmod(0o755)
+    defaults = {name.upper(): str(field.get("default", "")) for name, field in ACTION["inputs"].items()}
+    reference = str(ROOT / "results" / "reference")
+    given = {"REFERENCE": reference, "CANDIDATE": reference, "TOLERANCE": "0.1", "JUNIT": str(tmp_path / "junit.xml")}
+    files = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    environment = {**os.environ, **defaults, **given, **files, "RUNNER_TEMP": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        env=environment | {"GITHUB_ACTIONS": "true"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert (tmp_path / "output").read_text() == "exit-code=3\n"
+    assert (tmp_path / "summary").read_text().startswith("# Regression: ❔ cannot tell")
+    assert (tmp_path / "junit.xml").read_text().startswith("<?xml")
+    assert "::warning title=harness regress::cannot tell: 13 runs" in done.stdout
