@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from baselines.published import MIB, kept_of
 from harness.published import PublishedCase, PublishedFigures
 
 CALIBRATION = (16, 64)
@@ -23,7 +24,7 @@ def adapt_pruner_cases(golden: Mapping[str, Any], intermediate_size: int) -> Ite
         parts = case["time_split_s"]
         kept = {f"layers.{i}.attention": frozenset(heads) for i, heads in enumerate(case["kept_kv_head_indices"])}
         for i, removed in enumerate(case["removed_mlp_channels"]):
-            kept[f"layers.{i}.mlp"] = frozenset(range(intermediate_size)) - frozenset(removed)
+            kept[f"layers.{i}.mlp"] = kept_of(intermediate_size, removed)
         yield PublishedCase(
             name=case["name"],
             method="adapt-pruner",
@@ -40,6 +41,6 @@ def adapt_pruner_cases(golden: Mapping[str, Any], intermediate_size: int) -> Ite
                 loss=case["eval_nll_after"],
                 kept=kept,
                 seconds=case["wall_s"] - parts["rest"],  # loading the model, logging
-                peak_bytes=int(case["peak_rss_mib"] * 2**20),
+                peak_bytes=int(case["peak_rss_mib"] * MIB),
             ),
         )
