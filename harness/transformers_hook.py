@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 REGISTERS = "harness.models.registration"
@@ -47,16 +48,34 @@ class RegisteringLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then register; a failure there is a warning, for the program may not want our models."""
+        """Run the module, then register, at once or when a configuration is first read."""
         self.loader.exec_module(module)
         try:
             importlib.import_module(REGISTERS)
-        except Exception as error:
+        except Exception:
+            # transformers imports its Auto classes while it defines a configuration class, one that pruned models may
+            # build on: what is not there yet will be when the program uses what it imports.
+            _register_at_first_use()
+
+
+def _register_at_first_use() -> None:
+    """Have ``AutoConfig.from_pretrained``, which every Auto class goes through, register before it first runs."""
+    auto = importlib.import_module("transformers.models.auto.configuration_auto").AutoConfig
+    plain = auto.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        auto.from_pretrained = plain
+        try:
+            importlib.import_module(REGISTERS)
+        except Exception as error:  # the program may not want our models
             warnings.warn(
                 f"pruned models cannot be loaded without trust_remote_code: adapt-pruner-harness does not work with "
                 f"this environment ({type(error).__name__}: {error})",
                 stacklevel=2,
             )
+        return plain(*args, **kwargs)
+
+    auto.from_pretrained = from_pretrained
 
 
 if AUTO_CLASSES not in sys.modules and not any(isinstance(finder, AutoClassesFinder) for finder in sys.meta_path):
