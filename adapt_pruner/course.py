@@ -13,8 +13,10 @@ from torch import Tensor
 
 from adapt_pruner.layer_importance import LayerImportance, normalise
 from adapt_pruner.sparsity import SparsityState
-from baselines.gradients import layers_observed
+from baselines.layerwise import STREAMED_TOKENS
+from baselines.taps import layers_observed
 from harness.models import remove_units
+from harness.models.streaming import streamed
 from harness.structure import (
     KeepPlan,
     ModelStructure,
@@ -95,7 +97,8 @@ def observe_layers(model: Any, tokens: Tensor, importance: LayerImportance, *, b
         importance: fed with every layer's input and output.
         bfloat16: let the matrix products run in bfloat16.
     """
-    rows = max(FORWARD_TOKENS // tokens.shape[1], 1)
+    factor = 1 if streamed(model) is None else STREAMED_TOKENS
+    rows = max(factor * FORWARD_TOKENS // tokens.shape[1], 1)
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16)
     with torch.no_grad(), autocast, layers_observed(model, importance.observe):
         for start in range(0, tokens.shape[0], rows):

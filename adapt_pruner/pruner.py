@@ -122,11 +122,11 @@ class AdaptPruner(ReimplementedMethod):
         return next(self.prune(loaded, calibration, [ParameterTarget(knob, "total", loaded.params)], seed))
 
     def working_bytes(self, footprint: Footprint) -> int:
-        """The model as it is now, and a micro-batch of 1024 tokens with the gradients of all its matrices."""
+        """The model as it is now, and a micro-batch of 1024 tokens with the gradients of its matrices."""
         if self.importance not in TAYLOR:
             return 2 * footprint.copy_bytes
         moments = 2 if self.importance == "param_mix" else 1
-        gradients = moments * 4 * footprint.structure.prunable_params
+        gradients = footprint.gradient_bytes(footprint.structure.groups, moments)
         # On the way to the next model only the scores are left of the pass.
         return footprint.copy_bytes + max(footprint.backward_bytes(1024) + gradients, footprint.copy_bytes)
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baselines.layerwise import STREAMED_TOKENS
+from harness.models.streaming import streamed
+
 
 class InputStatistics:
     """Mean and spread of one linear map's input channels over equally long sequences, per channel in float64: [C].
@@ -91,7 +94,8 @@ def input_statistics(
         Module name -> its input's statistics.
     """
     statistics = {name: InputStatistics() for name in modules}
-    rows = max(micro_batch_tokens // calibration.shape[1], 1)
+    factor = 1 if streamed(model) is None else STREAMED_TOKENS
+    rows = max(factor * micro_batch_tokens // calibration.shape[1], 1)
     with (
         torch.no_grad(),
         torch.autocast(calibration.device.type, torch.bfloat16, enabled=bfloat16),

@@ -20,8 +20,9 @@ from baselines.activations import InputStatistics, input_statistics
 from baselines.ratio import Scores, keep_highest, meet_target, uniform_priority
 from harness.errors import UserError
 from harness.method import Footprint, LoadedModel, ParameterTarget, PrunedModel, ReimplementedMethod
-from harness.models import assemble
+from harness.models import rebuilt, state_of, weight_of
 from harness.structure import CoupledGroup, KeepPlan, ModelStructure, apply_plan
+from harness.weights import read
 
 
 class FLAP(ReimplementedMethod):
@@ -141,7 +142,7 @@ class FLAP(ReimplementedMethod):
 
         Source: FLAP (arXiv:2312.11983); its published code for the second square on attention.
         """
-        weight_OC: Tensor = model.get_submodule(_output_map(group)).weight.detach().double()
+        weight_OC = weight_of(model, _output_map(group)).double()
         if self.metric == "wifn":
             metric_C = weight_OC.abs().mean(0) * statistics.power.sqrt()
         else:
@@ -174,17 +175,19 @@ class FLAP(ReimplementedMethod):
         Source: FLAP (arXiv:2312.11983): W x becomes W_kept x_kept + W_removed mean_removed, with dense W and mean.
         """
         structure = loaded.structure
-        dense = dict(loaded.model.named_parameters())
+        dense = state_of(loaded.model)
         state = dict(apply_plan(dense, structure, plan))
         if self.bias_compensation:
             for name in self._new_biases(loaded):
-                state[name] = dense[f"{name.removesuffix('.bias')}.weight"].detach().new_zeros(structure.hidden_size)
+                dtype = dense[f"{name.removesuffix('.bias')}.weight"].dtype
+                state[name] = torch.zeros(structure.hidden_size, dtype=dtype, device=loaded.model.device)
             for group in structure.groups:
                 if group.name in plan:
-                    bias = f"{_output_map(group)}.bias"
+                    name = f"{_output_map(group)}.bias"
                     lost = _lost_mean(loaded.model, group, plan[group.name], statistics[_output_map(group)])
-                    state[bias] = (state[bias].double() + lost).to(state[bias].dtype)
-        return assemble(loaded.model.config, state)
+                    bias = read(state[name])
+                    state[name] = (bias.to(lost.device).double() + lost).to(bias.dtype)
+        return rebuilt(loaded.model, state)
 
     def _compete(self, scores: Scores, structure: ModelStructure, ratio: float) -> dict[str, Tensor]:
         """Heads and channels of all layers in one ranking, cut where the kept cost comes nearest to 1 - ratio."""
@@ -271,6 +274,6 @@ def _lost_mean(model: Any, group: CoupledGroup, kept: Tensor, statistics: InputS
     member = next(member for member in group.members if member.dim == 1)
     removed = torch.ones(group.num_units, dtype=torch.bool)
     removed[kept] = False
-    weight: Tensor = model.get_submodule(member.module).weight.detach()
+    weight = weight_of(model, member.module)
     positions = member.positions(removed.nonzero().flatten()).to(weight.device)
     return weight[:, positions].double() @ statistics.mean[positions]

@@ -4,32 +4,27 @@ Nothing is traced and no parameter is touched: every linear map of interest is t
 gradient of the output and the remembered input give the gradient of the weight. Backward stops at the first tapped
 layer, and neither the embedding nor the head gets a gradient.
 
-Shape letters: B samples, T tokens of a sample, N tokens in all, H hidden_size, V vocabulary, O outputs, I inputs.
+The layers of a streamed model are taken one at a time (``layerwise``).
+
+Shape letters: B samples, T tokens of a sample, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from baselines.importance import TAYLOR, Criterion, Grouping, QueryFold, channel_scores, unit_scores
-from baselines.next_token_loss import next_token_loss
+from baselines.layerwise import STREAMED_TOKENS, layerwise_pass
+from baselines.next_token_loss import batch_loss
+from baselines.taps import LayerObserver, Moments, Reducer, layers_observed, tapped
+from harness.models import weight_of
+from harness.models.streaming import streamed
 from harness.structure import CoupledGroup, ModelStructure
-
-Moments = Literal["gradient", "squared", "both"]
-"""What a pass gathers: the gradient of the loss, the mean of the squared per-sample gradients, or both."""
-
-Reducer = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
-"""Called once per weight with module name, weight [O, I], gradient [O, I] and squared gradients [O, I] (None where not
-asked for); both may be overwritten."""
-
-LayerObserver = Callable[[int, Tensor, Tensor], None]
-"""Called in every micro-batch with layer index and the layer's input and output residual stream [B, T, H]."""
 
 
 def unit_gradient_scores(
@@ -109,7 +104,7 @@ def matrix_scores(
 
     if criterion not in TAYLOR:
         for module in dims:
-            reduce(module, model.get_submodule(module).weight.detach(), None, None)
+            reduce(module, weight_of(model, module), None, None)
         return by_module
     moments: dict[str, Moments] = {"param_second": "squared", "param_mix": "both"}
     loss = gradient_pass(
@@ -163,12 +158,35 @@ def gradient_pass(
     num_samples, num_tokens = calibration.shape
     assert num_tokens > 1, "a sequence of one token predicts nothing"
     assert mean_over is None or moments == "gradient", "squared gradients are per sample"
-    rows = max(micro_batch_tokens // num_tokens, 1)
     weight_B = _token_weights(num_samples, num_tokens - 1, mean_over).to(calibration.device)
+    how: dict[str, Any] = {"moments": moments, "bfloat16": bfloat16, "on_layer": on_layer}
+    if streamed(model) is not None:
+        rows = max(STREAMED_TOKENS * micro_batch_tokens // num_tokens, 1)
+        total_loss = layerwise_pass(model, calibration, weight_B, modules, reduce, rows=rows, **how)
+    else:
+        rows = max(micro_batch_tokens // num_tokens, 1)
+        total_loss = _whole_pass(model, calibration, weight_B, modules, reduce, rows=rows, **how)
+    return total_loss / (num_samples * (num_tokens - 1))
+
+
+def _whole_pass(
+    model: Any,
+    calibration: Tensor,
+    weight_B: Tensor,
+    modules: Sequence[str],
+    reduce: Reducer,
+    *,
+    moments: Moments,
+    rows: int,
+    bfloat16: bool,
+    on_layer: LayerObserver | None,
+) -> float:
+    """All layers forward, then all backward, one micro-batch after the other; returns the sum of token losses."""
+    num_samples = calibration.shape[0]
     total_loss = 0.0
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        taps = [stack.enter_context(_tapped(model, name, moments, num_samples)) for name in modules]
+        taps = [stack.enter_context(tapped(model, name, moments, num_samples)) for name in modules]
         if on_layer is not None:
             stack.enter_context(layers_observed(model, on_layer))
         for start in range(0, num_samples, rows):
@@ -176,7 +194,7 @@ def gradient_pass(
                 tap.reduce = reduce if start + rows >= num_samples else None
             batch = calibration[start : start + rows]
             total_loss += _forward_backward(model, batch, weight_B[start : start + rows], bfloat16)
-    return total_loss / (num_samples * (num_tokens - 1))
+    return total_loss
 
 
 def _token_weights(num_samples: int, predicted: int, mean_over: int | None) -> Tensor:
@@ -189,114 +207,13 @@ def _token_weights(num_samples: int, predicted: int, mean_over: int | None) -> T
 
 def _forward_backward(model: Any, batch_BT: Tensor, weight_B: Tensor, bfloat16: bool) -> float:
     """Backward of the weighted sum of token losses; returns their plain sum."""
-    head_VH = model.lm_head.weight.detach()
     with torch.enable_grad():
         with torch.autocast(batch_BT.device.type, torch.bfloat16, enabled=bfloat16):
             hidden = model.model(input_ids=batch_BT, use_cache=False).last_hidden_state
-        predicting = hidden[:, :-1].flatten(0, 1).to(torch.bfloat16 if bfloat16 else hidden.dtype)
-        weights = weight_B.repeat_interleave(batch_BT.shape[1] - 1)
-        targets = batch_BT[:, 1:].flatten()
-        loss, plain = next_token_loss(predicting, head_VH.to(predicting.dtype), targets, weights)
+        loss, plain = batch_loss(hidden, model.lm_head.weight.detach(), batch_BT, weight_B, bfloat16=bfloat16)
     if loss.requires_grad:
         torch.autograd.backward(loss)
     return float(plain)
-
-
-@dataclass
-class _Tap:
-    """Gathers the moments of one weight's gradient from the map's inputs and its outputs' gradients."""
-
-    module: str
-    linear: nn.Linear
-    moments: Moments
-    num_samples: int
-    reduce: Reducer | None = None
-    """Set for the last micro-batch."""
-    gradient: Tensor | None = None
-    squared: Tensor | None = None
-    inputs: list[Tensor] = field(default_factory=list)
-    """Of the applications in this micro-batch that have no slope yet: one, or as many as the layer is repeated."""
-    applications: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Slope and input of those that have one."""
-
-    def on_forward(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Remember the input; ask for the output's gradient, as a leaf where nothing before it needs one."""
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-        self.inputs.append(args[0].detach())
-        output.register_hook(self.on_backward)  # type: ignore[no-untyped-call]
-        return output
-
-    def on_backward(self, slope_BTO: Tensor) -> None:
-        """Add this micro-batch's gradient, and hand over the sum after the last one.
-
-        A weight that is applied several times has the sum of all its applications' gradients.
-        """
-        self.applications.append((slope_BTO, self.inputs.pop()))
-        if self.inputs:
-            return
-        if self.moments != "squared":
-            for slope, given in self.applications:
-                self._add_gradient(slope.flatten(0, -2), given.flatten(0, -2))
-        if self.moments != "gradient":
-            self._add_squares()
-        self.applications.clear()
-        if self.reduce is not None:
-            self.reduce(self.module, self.linear.weight.detach(), self.gradient, self.squared)
-            self.gradient = self.squared = None
-
-    def _add_gradient(self, slope_NO: Tensor, input_NI: Tensor) -> None:
-        input_NI = input_NI.to(slope_NO.dtype)  # under autocast a float32 input meets a bfloat16 slope
-        if self.gradient is not None and self.gradient.dtype == slope_NO.dtype:
-            self.gradient.addmm_(slope_NO.T, input_NI)
-            return
-        product = (slope_NO.T @ input_NI).to(torch.promote_types(slope_NO.dtype, torch.float32))
-        self.gradient = product if self.gradient is None else self.gradient.add_(product)
-
-    def _add_squares(self) -> None:
-        dtype = self.applications[0][0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        for b in range(self.applications[0][0].shape[0]):
-            # The batch's loss is the mean of the samples' mean losses, so this is 1/B of the sample's own gradient.
-            products = [(slope[b].T @ given[b].to(dtype)).to(wide) for slope, given in self.applications]
-            sample = products[0]
-            for product in products[1:]:
-                sample += product
-            if self.squared is None:
-                self.squared = sample.square_().mul_(self.num_samples)
-            else:
-                self.squared.addcmul_(sample, sample, value=self.num_samples)
-
-
-@contextmanager
-def _tapped(model: Any, module: str, moments: Moments, num_samples: int) -> Iterator[_Tap]:
-    tap = _Tap(module, model.get_submodule(module), moments, num_samples)
-    handle = tap.linear.register_forward_hook(tap.on_forward)
-    try:
-        yield tap
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def layers_observed(model: Any, on_layer: LayerObserver) -> Iterator[None]:
-    """While open, every forward through the model's decoder layers is shown to ``on_layer``."""
-
-    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            returned = output[0] if isinstance(output, tuple) else output
-            with torch.no_grad():
-                on_layer(index, given.detach(), returned.detach())
-
-        return observe
-
-    handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

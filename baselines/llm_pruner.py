@@ -96,12 +96,12 @@ class LLMPruner(ReimplementedMethod):
         return PrunedModel(remove_units(loaded.model, loaded.structure, plan), {"pruning_ratio": knob}, kept=plan)
 
     def working_bytes(self, footprint: Footprint) -> int:
-        """A micro-batch of 1024 tokens forward and backward, with the gradients of all matrices of the range."""
+        """A micro-batch of 1024 tokens forward and backward, with the gradients of the matrices of the range."""
         if self.importance not in TAYLOR:
             return footprint.copy_bytes
         groups = self.groups(footprint.structure)
         moments = 2 if self.importance == "param_mix" else 1
-        gradients = moments * 4 * sum(group.num_units * group.unit_params for group in groups)
+        gradients = footprint.gradient_bytes(groups, moments)
         layers = footprint.structure.num_layers - min(group.layer for group in groups)
         return max(footprint.backward_bytes(1024, layers) + gradients, footprint.copy_bytes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baselines.ratio import meet_target, uniform_plan, uniform_priority
 from harness.method import Footprint, LoadedModel, ParameterTarget, PrunedModel, PruningMethod
-from harness.models import remove_units
+from harness.models import remove_units, weight_of
 from harness.structure import CoupledGroup, ModelStructure
 
 
@@ -55,7 +55,7 @@ def _norms(model: Any, group: CoupledGroup) -> Tensor:
         return torch.empty(0)
     parts = []
     for member in group.members:
-        weight = model.get_submodule(member.module).weight.detach()
+        weight = weight_of(model, member.module)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         parts.append(wide.square().sum(1 - member.dim).view(-1, member.block).sum(1))
     return torch.stack(parts).sum(0).sqrt().cpu()

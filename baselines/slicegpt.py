@@ -10,13 +10,15 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from baselines.slicegpt_rotation import SUBLAYERS, Slicer, reorient
+from baselines.slicegpt_rotation import SUBLAYERS, Slicer, reoriented
 from harness.budget import ParameterTarget, UnreachableSparsityError, unreachable
 from harness.method import Footprint, LoadedModel, PrunedModel, ReimplementedMethod
-from harness.models.assemble import assemble
+from harness.models import rebuilt
 from harness.models.registration import PRUNED_CLASSES
+from harness.models.streaming import streamed
 from harness.records import ParamCounts
 from harness.structure import ModelStructure, count_parameters
+from harness.weights import Spool, Weight
 
 
 class SliceGPT(ReimplementedMethod):
@@ -84,10 +86,13 @@ class SliceGPT(ReimplementedMethod):
         shortcuts = 2 * footprint.structure.num_layers * h * h * footprint.bytes_per_weight
         untied_head = h * footprint.vocab_size * footprint.bytes_per_weight
         stream = footprint.calibration_tokens * h * footprint.bytes_per_weight
-        in_float64 = 8 * h * h * (2 * footprint.structure.num_layers + 4)
+        # A streamed model's bases are let go of one after the other.
+        in_float64 = 8 * h * h * ((2 if footprint.streamed else 2 * footprint.structure.num_layers) + 4)
         turned = 2 * 4 * h * footprint.vocab_size
         micro_batch = footprint.forward_bytes(2048)
         new_model = footprint.weight_bytes + untied_head + shortcuts
+        if footprint.streamed:
+            new_model = footprint.held_bytes + untied_head
         return new_model + stream + in_float64 + max(turned, micro_batch)
 
     def prune(
@@ -120,13 +125,19 @@ class SliceGPT(ReimplementedMethod):
         )
 
     def _sliced(self, loaded: LoadedModel, slicer: Slicer, width: int, seed: int) -> PrunedModel:
-        sliced = slicer.to_width(width)
-        state = sliced.state
+        # The new model of a streamed one may be as large as that is: every part goes to a file as soon as it is done.
+        spool = None if streamed(loaded.model) is None else Spool()
+        state: dict[str, Weight] = {}
+        explained: list[JsonValue] = []
+        parts = slicer.parts(width)
         if self.orientation == "random":
-            state = reorient(state, loaded.structure.num_layers, torch.Generator().manual_seed(seed))
+            parts = reoriented(parts, torch.Generator().manual_seed(seed))
+        for part in parts:
+            state |= part.state if spool is None else spool.put(part.state)
+            if part.signal is not None:
+                explained.append(part.signal.explained(width))
         knob = {"slicing_ratio": 1 - width / loaded.structure.hidden_size, "residual_size": float(width)}
-        explained = [signal.explained(width) for signal in sliced.signals]
-        return PrunedModel(assemble(loaded.model.config, state), knob, {"explained_variance": list(explained)})
+        return PrunedModel(rebuilt(loaded.model, state), knob, {"explained_variance": explained})
 
 
 def solve_width(model: Any, target: ParameterTarget, slice_head: bool) -> int:

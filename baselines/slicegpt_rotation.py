@@ -6,7 +6,8 @@ point, [h, h], its columns by falling variance; a stream "in Q" holds coordinate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -16,10 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from harness.models import state_of
 from harness.models.modeling_pruned import SlicedRMSNorm
+from harness.models.streaming import streamed
+from harness.weights import Weight, read
 
 MICRO_BATCH_TOKENS = 2048
 """Tokens run through a block at once: bounds the MLP's activations, the largest there are."""
+VOCABULARY_ROWS = 16_384
+"""Rows of the embedding and the head turned at once."""
 MOMENTS_BLOCK = 128
 """Rows of second moments computed at once, up to the diagonal: two thirds of the time of the whole square."""
 
@@ -56,6 +62,20 @@ class PrincipalAxes:
 
 
 @dataclass(frozen=True, slots=True)
+class SlicedPart:
+    """What one step through the model gives: the embedding, a sublayer, or at last the head."""
+
+    state: dict[str, Tensor]
+    """Its parameters by their names in the model."""
+    signal: PrincipalAxes | None = None
+    """Of its output, in the coordinates of the signal before; the head has none."""
+    sublayer: Sublayer | None = None
+    """None for the embedding and the head."""
+    prefix: str = ""
+    """Of the sublayer's layer, such as ``model.layers.3.``."""
+
+
+@dataclass(frozen=True, slots=True)
 class SlicedWeights:
     """A model cut to one width."""
 
@@ -81,14 +101,16 @@ def principal_axes(moments: Tensor, damping: float) -> PrincipalAxes:
     return PrincipalAxes(axes.flip(1), energies.flip(0) - shift)
 
 
-def fused(weight: Tensor, norm: nn.Module) -> Tensor:
-    """The linear map [out, h] that reads a weightless norm as ``weight`` reads ``norm``; at least float32.
+def fused(weight: Tensor, norm: Tensor) -> Tensor:
+    """The linear map [out, h] that reads a weightless norm as ``weight`` reads one of weight ``norm`` [h].
+
+    At least float32.
 
     Source: SliceGPT (arXiv:2401.15024), section 3.2.
     Differs: one product rounded once has the same bits as the published detour through float64.
     """
     precise = _precise(weight.dtype)
-    return weight.to(precise) * norm.weight.to(precise)  # type: ignore[operator]
+    return weight.to(precise) * norm.to(precise)
 
 
 @dataclass(frozen=True)
@@ -104,8 +126,14 @@ class Slicer:
     bfloat16: bool = False
     """Let the blocks' matrix products run in bfloat16; the stream and its second moments stay as they are."""
 
-    @torch.no_grad()
     def to_width(self, width: int) -> SlicedWeights:
+        """All ``parts`` at once."""
+        parts = list(self.parts(width))
+        state = {name: tensor for part in parts for name, tensor in part.state.items()}
+        return SlicedWeights(state, [part.signal for part in parts if part.signal is not None])
+
+    @torch.no_grad()
+    def parts(self, width: int) -> Iterator[SlicedPart]:
         """Cut the residual stream to ``width`` columns, front to back: a block sees the outputs of cut ones.
 
         The published code runs a block twice, once before and once after its attention output is cut. Here every
@@ -116,17 +144,30 @@ class Slicer:
         """
         whole = self.model.config.hidden_size
         stream = _Stream(self, width)
-        state = {"model.embed_tokens.weight": stream.embedding}
-        signals = [self.embedding_axes]
+        yield SlicedPart({"model.embed_tokens.weight": stream.embedding}, self.embedding_axes)
         last = (self.model.config.num_hidden_layers - 1, SUBLAYERS[-1])
         for i, sublayer in product(range(self.model.config.num_hidden_layers), SUBLAYERS):
             output_width = whole if (i, sublayer) == last and not self.slice_head else width
-            tensors, axes = stream.advance(i, sublayer, output_width)
-            state |= {f"model.layers.{i}.{name}": tensor for name, tensor in tensors.items()}
-            signals.append(axes)
-        head = fused(self.model.lm_head.weight, self.model.model.norm)
-        state["lm_head.weight"] = _right(head, stream.basis[:, :output_width]).to(stream.embedding.dtype)
-        return SlicedWeights(state, signals)
+            yield stream.advance(i, sublayer, output_width)
+        head, norm = self.model.lm_head.weight, self.model.model.norm.weight
+        yield SlicedPart({"lm_head.weight": _rows_right(head, stream.basis[:, :output_width], norm)})
+
+    @cached_property
+    def dense(self) -> dict[str, Weight]:
+        """Parameters of the dense model by name."""
+        return state_of(self.model)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Blocks compute in it."""
+        how = streamed(self.model)
+        return self.embedding.dtype if how is None else how.dtype
+
+    def weights(self, prefix: str) -> dict[str, Tensor]:
+        """The dense parameters whose names begin with ``prefix``, by the rest of their names, as stored."""
+        device = self.embedding.device
+        found = {name.removeprefix(prefix): weight for name, weight in self.dense.items() if name.startswith(prefix)}
+        return {name: read(weight).detach().to(device) for name, weight in found.items()}
 
     @cached_property
     def embedding(self) -> Tensor:
@@ -186,24 +227,24 @@ class _Stream:
         self.width = width
         self.basis = slicer.embedding_axes.axes
         """Q, float64 [h, h]."""
-        self.embedding = _right(slicer.embedding, self.basis[:, :width]).to(slicer.embedding.dtype)
-        self.hidden = [functional.embedding(tokens, self.embedding) for tokens in slicer.micro_batches]
+        self.embedding = _rows_right(slicer.embedding, self.basis[:, :width])
+        self.hidden = [functional.embedding(t, self.embedding).to(slicer.dtype) for t in slicer.micro_batches]
         """Coordinates in the kept columns of ``basis``, [n, T, d] a micro-batch."""
 
-    def advance(self, layer_idx: int, sublayer: Sublayer, output_width: int) -> tuple[dict[str, Tensor], PrincipalAxes]:
-        """Pass a sublayer: its cut parameters (and shortcut) by their names in the layer, and its signal's axes."""
-        layer = self.slicer.model.model.layers[layer_idx]
-        dense = dict(getattr(layer, sublayer.module).named_parameters())
+    def advance(self, layer_idx: int, sublayer: Sublayer, output_width: int) -> SlicedPart:
+        """Pass a sublayer: its cut parameters, the shortcut among them, and its signal's axes."""
+        prefix = f"model.layers.{layer_idx}."
+        dense = self.slicer.weights(f"{prefix}{sublayer.module}.")
+        norm = self.slicer.weights(f"{prefix}{sublayer.norm}.")["weight"]
         cut = dict(dense)
         for reader in (f"{name}.weight" for name in sublayer.readers):
-            kept = fused(dense[reader], getattr(layer, sublayer.norm))
-            cut[reader] = _right(kept, self.basis[:, : self.width]).to(dense[reader].dtype)
+            cut[reader] = _right(fused(dense[reader], norm), self.basis[:, : self.width]).to(dense[reader].dtype)
         axes = self._run(layer_idx, sublayer, cut | _rotated(dense, sublayer.writer, self.basis))
         cut |= _rotated(dense, sublayer.writer, self.basis[:, :output_width])
         shortcut = axes.axes[: self.width, :output_width].T.contiguous()
-        tensors = {f"{sublayer.module}.{name}": tensor.detach() for name, tensor in cut.items()}
-        tensors[f"{sublayer.shortcut}.weight"] = shortcut.to(self.embedding.dtype)
-        return tensors, axes
+        tensors = {f"{prefix}{sublayer.module}.{name}": tensor for name, tensor in cut.items()}
+        tensors[f"{prefix}{sublayer.shortcut}.weight"] = shortcut.to(self.embedding.dtype)
+        return SlicedPart(tensors, axes, sublayer, prefix)
 
     def _run(self, layer_idx: int, sublayer: Sublayer, parameters: dict[str, Tensor]) -> PrincipalAxes:
         """Run a sublayer whose output is not cut yet; turn the stream into the axes of that signal and cut it."""
@@ -211,6 +252,7 @@ class _Stream:
         norm = SlicedRMSNorm(config.hidden_size, config.rms_norm_eps)
         module = getattr(self.slicer.model.model.layers[layer_idx], sublayer.module)
         arguments = self.slicer.attention_arguments[layer_idx] if sublayer.module == "self_attn" else {}
+        parameters = {name: tensor.to(self.slicer.dtype) for name, tensor in parameters.items()}
         moments = torch.zeros_like(self.basis)
         for i, hidden in enumerate(self.hidden):
             with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.slicer.bfloat16):
@@ -220,39 +262,40 @@ class _Stream:
             _add_moments(moments, signal)
             self.hidden[i] = signal
         axes = principal_axes(moments, self.slicer.damping)
-        kept = axes.axes[:, : self.width].to(self.embedding.dtype)
+        kept = axes.axes[:, : self.width].to(self.slicer.dtype)
         for i, signal in enumerate(self.hidden):
             self.hidden[i] = signal @ kept
         self.basis = self.basis @ axes.axes
         return axes
 
 
-def reorient(state: dict[str, Tensor], num_layers: int, generator: torch.Generator) -> dict[str, Tensor]:
+def reoriented(parts: Iterable[SlicedPart], generator: torch.Generator) -> Iterator[SlicedPart]:
     """The same function with a random rotation inside every kept subspace in place of the principal axes.
 
     Args:
-        state: of ``SlicedWeights``; not changed.
-        num_layers: decoder layers.
+        parts: of ``Slicer``, in their order; not changed.
         generator: on the CPU.
 
     Source: the published code's default; it spreads the energy evenly over the columns.
     Differs: applied to the finished weights, so the signals that the axes come from see no rounding of it.
     """
-    turned = dict(state)
-    embedding = state["model.embed_tokens.weight"]
-    before = random_rotation(embedding.shape[1], generator)
-    turned["model.embed_tokens.weight"] = _right(embedding, before).to(embedding.dtype)
-    for i, sublayer in product(range(num_layers), SUBLAYERS):
-        prefix = f"model.layers.{i}."
-        shortcut = state[f"{prefix}{sublayer.shortcut}.weight"]
-        after = random_rotation(len(shortcut), generator)
-        for reader in (f"{prefix}{sublayer.module}.{name}.weight" for name in sublayer.readers):
-            turned[reader] = _right(state[reader], before).to(embedding.dtype)
-        turned |= _rotated(state, f"{prefix}{sublayer.module}.{sublayer.writer}", after)
-        turned[f"{prefix}{sublayer.shortcut}.weight"] = _right(_left(after, shortcut), before).to(embedding.dtype)
-        before = after
-    turned["lm_head.weight"] = _right(state["lm_head.weight"], before).to(embedding.dtype)
-    return turned
+    before = torch.empty(0)
+    for part in parts:
+        turned = dict(part.state)
+        if part.sublayer is not None:
+            shortcut = f"{part.prefix}{part.sublayer.shortcut}.weight"
+            after = random_rotation(len(turned[shortcut]), generator)
+            for reader in (f"{part.prefix}{part.sublayer.module}.{name}.weight" for name in part.sublayer.readers):
+                turned[reader] = _right(turned[reader], before)
+            turned |= _rotated(turned, f"{part.prefix}{part.sublayer.module}.{part.sublayer.writer}", after)
+            turned[shortcut] = _right(_left(after, turned[shortcut]), before)
+            before = after
+        else:
+            (name,) = turned
+            if name == "model.embed_tokens.weight":
+                before = random_rotation(turned[name].shape[1], generator)
+            turned[name] = _right(turned[name], before)
+        yield replace(part, state={name: tensor.to(part.state[name].dtype) for name, tensor in turned.items()})
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -280,6 +323,15 @@ def _right(tensor: Tensor, basis: Tensor) -> Tensor:
     """``tensor`` times ``basis``, at least in float32."""
     precise = _precise(tensor.dtype)
     return tensor.to(precise) @ basis.to(tensor.device, precise)
+
+
+def _rows_right(weight: Tensor, basis: Tensor, norm: Tensor | None = None) -> Tensor:
+    """A matrix of a row per token times ``basis``, fused with a norm first or not, in the matrix's own dtype.
+
+    Some rows at a time, so that nothing of the vocabulary's size exists in float32.
+    """
+    parts = torch.split(weight.detach(), VOCABULARY_ROWS)
+    return torch.cat([_right(part if norm is None else fused(part, norm), basis).to(weight.dtype) for part in parts])
 
 
 def _add_moments(moments: Tensor, signal: Tensor) -> None:

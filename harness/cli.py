@@ -25,6 +25,9 @@ stderr = Console(stderr=True)
 
 Out = Annotated[Path, typer.Option(help="Results folder.")]
 Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Read layers from their files as they run: for models larger than memory.")
+]
 
 
 def main() -> None:
@@ -77,6 +80,7 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
     device: Device = "cpu",
     batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    stream: Stream = False,
 ) -> None:
     """Prune with every method at matched sparsities, evaluate, and write the leaderboard."""
     from harness.compare import compare as run_comparison
@@ -102,6 +106,7 @@ def compare(
                 force=force,
                 device=device,
                 batch_tokens=batch_tokens,
+                stream=stream,
                 command=_command_line(),
             )
     except KeyboardInterrupt:
@@ -197,7 +202,7 @@ def _make_candidate(reference: Path, candidate: Path, device: str, batch_tokens:
                 store,
                 LocalExecutor(),
                 progress.event,
-                {"device": device, "batch_tokens": batch_tokens, "num_threads": None},
+                {"device": device, "batch_tokens": batch_tokens, "num_threads": None, "stream": False},
                 on_plan=progress.plan,
                 on_cost=progress.say,
                 force=True,
@@ -227,6 +232,7 @@ def prune(
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
+    stream: Stream = False,
     results: Annotated[Path, typer.Option(help="Results folder whose scores of this model go into its card.")] = Path(
         "results"
     ),
@@ -259,6 +265,7 @@ def prune(
         results=results,
         round_to=one_multiple(round_to),
         uniform=uniform or None,
+        stream=stream,
     )
     console.print(
         f"{out}: {pruned.params_after.total:,} of {pruned.params_before.total:,} parameters "
@@ -289,6 +296,7 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="The model that was pruned: measures the divergence from it.")
     ] = None,
+    stream: Stream = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the measures to this file.")] = None,
 ) -> None:
     """Score one model."""
@@ -299,7 +307,7 @@ def evaluate(
     scored, chosen = model_ref(model), chosen_dtype(dtype, device)
     against = None if reference is None else model_ref(reference)
     console.print(scoring_cost_of(scored, spec, chosen, device, batch_tokens), highlight=False, markup=False)
-    evaluation = evaluate_folder(scored, spec, chosen, device, batch_tokens, against)
+    evaluation = evaluate_folder(scored, spec, chosen, device, batch_tokens, against, stream=stream)
     table = Table("measure", "value", "±", "documents", "chance")
     for m in evaluation.measures:
         cells = (m.stderr, m.num_examples, m.chance)
@@ -411,6 +419,7 @@ def doctor(
     calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
     batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    stream: Stream = False,
 ) -> None:
     """Say what comparing methods on a model needs, and whether this machine can; nothing is downloaded."""
     from harness.doctor import diagnose, gigabytes, methods_to_check
@@ -425,6 +434,7 @@ def doctor(
         device,
         calibration_spec("wikipedia", calibration_samples, calibration_length),
         batch_tokens,
+        stream=stream,
     )
     seen = found.prospect
     gate = ", gated: accept its licence on the hub and `hf auth login` first" if seen.gated else ""

@@ -98,6 +98,7 @@ def compare(
     device: str = "cpu",
     batch_tokens: int = 4096,
     num_threads: int | None = None,
+    stream: bool = False,
     command: str | None = None,
 ) -> Leaderboard:
     """Make the runs that ``store`` does not hold yet, and read the leaderboard off the records.
@@ -113,13 +114,14 @@ def compare(
         device: torch device of every track.
         batch_tokens: tokens scored at once.
         num_threads: CPU threads of a track.
+        stream: leave layers in their files until they run.
         command: how the user asked for it, for the table's notes.
 
     Raises:
         UserError: something the user must mend; finished runs stay.
     """
     tracks = expand(comparison)
-    options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads}
+    options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads, "stream": stream}
     make_runs(tracks, store, executor, on_event, options, on_plan=on_plan, on_cost=on_cost, force=force)
     return build_leaderboard(store, [spec.run_id for track in tracks for spec in track], command=command)
 
@@ -142,7 +144,7 @@ def make_runs(
         store: where records are, and go.
         executor: where tracks run.
         on_event: hears of every track's progress.
-        options: of every `Track`: device, batch_tokens, num_threads.
+        options: of every `Track`: device, batch_tokens, num_threads, stream.
         on_plan: hears which runs there are and which will be made.
         on_cost: hears what scoring will cost before it starts; None spares the estimate.
         force: make again what is done.
@@ -175,7 +177,8 @@ def _costs(specs: Sequence[RunSpec], executor: Executor, cache: Path, options: d
         alike.setdefault(key, []).append(spec)
     for group in alike.values():
         first = group[0]
-        request = CostRequest(model=first.model, dtype=first.dtype, evaluation=first.evaluation, cache=cache, **options)
+        machine = {name: options[name] for name in ("device", "batch_tokens", "num_threads")}
+        request = CostRequest(model=first.model, dtype=first.dtype, evaluation=first.evaluation, cache=cache, **machine)
         try:
             cost = executor.cost(request)
         except CostUnknownError as error:  # no reason not to run

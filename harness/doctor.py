@@ -55,6 +55,7 @@ class Diagnosis:
     free_disk_bytes: int
     """Where downloads go."""
     methods: tuple[MethodNeed, ...]
+    streamed: bool = False
 
     def fits(self, need: MethodNeed) -> bool:
         """Whether a method that supports the model has the memory it needs."""
@@ -73,6 +74,7 @@ class Diagnosis:
         return (
             f"{names} would need up to {most} of memory and {gigabytes(self.memory_bytes)} are free on {self.device}"
             + ("; --dtype bfloat16 needs half" if self.dtype == "float32" else "")
+            + ("; --stream leaves layers in their files and needs a fraction" if not self.streamed else "")
         )
 
 
@@ -88,6 +90,8 @@ def diagnose(
     device: str,
     calibration: CalibrationSpec,
     batch_tokens: int = 4096,
+    *,
+    stream: bool = False,
 ) -> Diagnosis:
     """Compare what a comparison of ``methods`` on one model needs with what this machine has.
 
@@ -98,6 +102,7 @@ def diagnose(
         device: torch device that is there.
         calibration: how many tokens methods score with.
         batch_tokens: tokens scored at once.
+        stream: leave layers in their files until they run.
 
     Raises:
         UserError: the model is unknown, or its architecture cannot be pruned.
@@ -108,13 +113,14 @@ def diagnose(
     footprint = Footprint(
         structure=describe(seen.model), params=params, vocab_size=seen.model.config.vocab_size,
         bytes_per_weight=itemsize, num_samples=calibration.num_samples, num_tokens=calibration.num_tokens,
+        streamed=stream,
     )  # fmt: skip
     name, memory = _device(device)
     return Diagnosis(
         prospect=seen, num_params=params.total, dtype=dtype, weight_bytes=footprint.weight_bytes, device=device,
         device_name=name, memory_bytes=memory, disk_bytes=seen.download_bytes + RESULTS_BYTES,
         free_disk_bytes=_free_disk(seen.cache),
-        methods=tuple(_need(method, footprint, batch_tokens) for method in methods),
+        methods=tuple(_need(method, footprint, batch_tokens) for method in methods), streamed=stream,
     )  # fmt: skip
 
 
@@ -125,7 +131,7 @@ def methods_to_check(names: str) -> list[str]:
 
 def _need(name: str, footprint: Footprint, batch_tokens: int) -> MethodNeed:
     method = build_method(name)
-    held = PROCESS_BYTES + footprint.weight_bytes
+    held = PROCESS_BYTES + footprint.held_bytes
     reason = method.why_unsupported(footprint.structure)
     working = 0 if reason is not None else method.working_bytes(footprint)
     return MethodNeed(name, held + working, footprint.scoring_bytes(batch_tokens, copy=name != "dense"), reason)

@@ -6,10 +6,11 @@ here. Estimates: allocators round up, and torch keeps a few blocks more.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from harness.records import ParamCounts
-from harness.structure import ModelStructure
+from harness.structure import CoupledGroup, ModelStructure
 
 PROCESS_BYTES = 450 * 2**20
 """Python, torch and transformers before a model is loaded; measured (resident, CPU build of torch 2.13)."""
@@ -28,6 +29,8 @@ class Footprint:
     num_samples: int
     num_tokens: int
     """Tokens of one calibration sequence."""
+    streamed: bool = False
+    """Whether layers stay in their files until they run."""
 
     @property
     def weight_bytes(self) -> int:
@@ -35,9 +38,31 @@ class Footprint:
         return self.params.total * self.bytes_per_weight
 
     @property
+    def held_bytes(self) -> int:
+        """What of a model is in memory all the time: its weights, or embedding, head and one layer of a streamed one.
+
+        That layer is there twice: as pages of its file, and in the type that it computes in.
+        """
+        if not self.streamed:
+            return self.weight_bytes
+        one_layer = self.structure.prunable_params // self.structure.num_layers
+        return (self.params.embedding + 2 * one_layer) * self.bytes_per_weight
+
+    @property
     def copy_bytes(self) -> int:
-        """A pruned model beside the dense one: every prunable tensor is new, the embeddings are shared."""
-        return self.structure.prunable_params * self.bytes_per_weight
+        """A pruned model beside the dense one: every prunable tensor is new, the embeddings are shared.
+
+        A streamed one is no more than the positions that are kept.
+        """
+        return 0 if self.streamed else self.structure.prunable_params * self.bytes_per_weight
+
+    def gradient_bytes(self, groups: Iterable[CoupledGroup], moments: int = 1) -> int:
+        """Gradients of the matrices of some groups in float32, or of those of one layer where layers are streamed."""
+        by_layer: dict[int, int] = {}
+        for group in groups:
+            by_layer[group.layer] = by_layer.get(group.layer, 0) + group.num_units * group.unit_params
+        weights = max(by_layer.values(), default=0) if self.streamed else sum(by_layer.values())
+        return 4 * moments * weights
 
     @property
     def calibration_tokens(self) -> int:
@@ -72,13 +97,21 @@ class Footprint:
         )
 
     def backward_bytes(self, tokens: int, layers: int | None = None, logit_tokens: int = 128) -> int:
-        """A micro-batch forward and backward: activations of all layers, and a few tokens' logits thrice in float32."""
+        """A micro-batch forward and backward: activations of all layers, and a few tokens' logits thrice in float32.
+
+        Of a streamed model: activations of one layer, of four times the tokens, and the inputs of all layers.
+        """
         width = max(self.bytes_per_weight, 4)  # norms and softmax keep float32
-        activations = min(tokens, self.calibration_tokens) * self.layer_floats(layers) * width
-        return activations + 3 * logit_tokens * self.vocab_size * 4
+        logits = 3 * logit_tokens * self.vocab_size * 4
+        if not self.streamed:
+            return min(tokens, self.calibration_tokens) * self.layer_floats(layers) * width + logits
+        inputs = self.calibration_tokens * (layers or self.structure.num_layers) * self.structure.hidden_size
+        activations = min(4 * tokens, self.calibration_tokens) * self.layer_floats(1)
+        return inputs * self.bytes_per_weight + activations * width + logits
 
     def scoring_bytes(self, batch_tokens: int, *, copy: bool = True) -> int:
         """Everything held while a model is scored; the dense one waits beside a pruned ``copy`` for the next target."""
         widest = max((group.num_units for group in self.structure.mlp), default=0)
         activations = batch_tokens * self.bytes_per_weight * (11 * self.structure.hidden_size + 4 * widest)
-        return PROCESS_BYTES + SCORING_DATA_BYTES + self.weight_bytes + copy * self.copy_bytes + activations
+        second = self.held_bytes if self.streamed else self.copy_bytes
+        return PROCESS_BYTES + SCORING_DATA_BYTES + self.held_bytes + copy * second + activations

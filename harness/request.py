@@ -52,7 +52,7 @@ PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
 """Settings that a profile gives to methods, under those of the file and the flags; records and tables show them."""
 
 # Flags of `harness compare` that are not settings of the comparison itself, so a config file cannot hold them.
-NOT_IN_FILE = {"config", "set_", "force", "out"}
+NOT_IN_FILE = {"config", "set_", "force", "out", "device", "batch_tokens", "stream"}
 
 BASES: tuple[Basis, ...] = ("total", "non-embedding")
 DTYPES: tuple[Dtype | Literal["auto"], ...] = ("auto", "float32", "bfloat16")
@@ -115,7 +115,8 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
             settings["heldout_tokens"],
             settings["offline"],
         ),
-        efficiency=EfficiencySpec() if settings["efficiency"] else None,
+        # The time of a streamed model is that of reading it.
+        efficiency=EfficiencySpec() if settings["efficiency"] and not settings["stream"] else None,
     )
 
 

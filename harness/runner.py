@@ -33,6 +33,8 @@ class Track(BaseModel):
     """Tokens scored at once."""
     num_threads: int | None = None
     """CPU threads; None leaves torch's choice."""
+    stream: bool = False
+    """Leave layers in their files and read them when they run."""
 
     @property
     def track_id(self) -> str:
@@ -114,7 +116,7 @@ def _records(track: Track, emit: Emit) -> Iterator[tuple[RunRecord, Any]]:
     method = build_method(first.method, first.method_params)
     emit(Event(kind="phase", run_id=first.run_id, text="loading"))
     with quiet(), measured(track.device) as load:
-        loaded = load_model(first.model, first.dtype, track.device)
+        loaded = load_model(first.model, first.dtype, track.device, stream=track.stream)
         calibration = None
         if first.calibration is not None:
             longest = getattr(loaded.model.config, "max_position_embeddings", None)
@@ -207,7 +209,7 @@ def _evaluate(
             **timing_seconds,
         },
         peak_bytes={"prune": prune_cost.peak_bytes, "evaluate": cost.peak_bytes},
-        notes=(*_calibration_notes(context, spec), *evaluation.notes),
+        notes=(*_calibration_notes(context, spec), *_streaming_notes(track), *evaluation.notes),
         provenance=provenance(
             weights_sha256=loaded.weights_sha256,
             calibration_sha256=context.calibration.sha256 if context.calibration is not None else None,
@@ -238,6 +240,10 @@ def _calibration_notes(context: _Context, spec: RunSpec) -> tuple[str, ...]:
     if not shared:
         return ()
     return (f"calibrated on {spec.calibration.source}, whose text {', '.join(shared)} asks about",)
+
+
+def _streaming_notes(track: Track) -> tuple[str, ...]:
+    return ("layers were read from their files whenever they ran (--stream); the seconds include it",) * track.stream
 
 
 def main() -> None:

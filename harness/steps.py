@@ -53,6 +53,7 @@ def prune_and_save(
     results: Path,
     round_to: int | None = None,
     uniform: bool | None = None,
+    stream: bool = False,
 ) -> SavedModel:
     """Prune one model to one sparsity and save it as a folder, its card with the scores that ``results`` has of it.
 
@@ -62,7 +63,7 @@ def prune_and_save(
     refuse_existing(out)
     on_record = list(Store(results).records())
     competitor = build_method(method, params)
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, stream=stream)
     reason = competitor.why_unsupported(loaded.structure)
     if reason is not None:
         raise UserError(f"{method} does not support {model.name}: {reason}")
@@ -93,6 +94,8 @@ def evaluate_folder(
     device: str,
     batch_tokens: int,
     reference: ModelRef | None = None,
+    *,
+    stream: bool = False,
 ) -> Evaluation:
     """Score a saved model.
 
@@ -103,6 +106,7 @@ def evaluate_folder(
         device: where they run.
         batch_tokens: tokens run at once.
         reference: the model to measure the divergence from; None measures none.
+        stream: leave layers in their files until they run.
 
     Raises:
         UserError: a model does not load, or the reference has another vocabulary.
@@ -110,10 +114,10 @@ def evaluate_folder(
     from harness.evaluation.reference import Dense
     from harness.evaluation.run import evaluate
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, stream=stream)
     dense = None
     if reference is not None:
-        other = load_model(reference, dtype, device)
+        other = load_model(reference, dtype, device, stream=stream)
         if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
             raise UserError(
                 f"{reference.name} and {model.name} have different vocabularies: there is no divergence between them; "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.records import LayerWidths, ParamCounts
+from harness.weights import Weight
 
 KeepPlan = Mapping[str, Tensor]
 """Group name -> sorted, unique int64 indices of the units kept, [num_kept]; a group that is absent is kept whole."""
@@ -122,11 +123,11 @@ def describe(model: nn.Module) -> ModelStructure:
     )
 
 
-def apply_plan(state: Mapping[str, Tensor], structure: ModelStructure, plan: KeepPlan) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of every parameter that is left, those without a removed unit unchanged (not copied).
+def apply_plan(state: Mapping[str, Weight], structure: ModelStructure, plan: KeepPlan) -> Iterator[tuple[str, Weight]]:
+    """Name and weight of every parameter that is left, those without a removed unit unchanged (not copied).
 
     Args:
-        state: parameters of the model that ``structure`` describes, by name.
+        state: parameters of the model that ``structure`` describes, by name; those in files are cut without a look.
         structure: its coupled groups.
         plan: units to keep; checked by ``check_plan``.
     """
@@ -138,9 +139,9 @@ def apply_plan(state: Mapping[str, Tensor], structure: ModelStructure, plan: Kee
             continue
         for member in group.members:
             cuts.setdefault(member.module, []).append((member.dim, member.positions(kept)))
-    for name, tensor in state.items():
+    for name, weight in state.items():
         module, _, leaf = name.rpartition(".")
-        cut = tensor.detach()
+        cut = weight.detach()
         for dim, positions in cuts.get(module, ()):
             if leaf == "weight" or dim == 0:
                 cut = cut.index_select(dim, positions.to(cut.device))

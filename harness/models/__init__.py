@@ -1,6 +1,7 @@
 """Models: where they come from, how they are rebuilt at other widths, how they are saved."""
 
-from harness.models.assemble import assemble, remove_units
+from harness.models.assemble import assemble
 from harness.models.loading import LoadedModel, load_model
+from harness.models.streaming import rebuilt, remove_units, state_of, weight_of
 
-__all__ = ["LoadedModel", "assemble", "load_model", "remove_units"]
+__all__ = ["LoadedModel", "assemble", "load_model", "rebuilt", "remove_units", "state_of", "weight_of"]

@@ -13,19 +13,6 @@ from transformers.initialization import no_init_weights
 
 from harness.errors import UserError
 from harness.models.registration import PRUNED_CLASSES
-from harness.structure import KeepPlan, ModelStructure, apply_plan
-
-
-def remove_units(model: PreTrainedModel, structure: ModelStructure, plan: KeepPlan) -> PreTrainedModel:
-    """A new model without the units that ``plan`` leaves out; tensors that lose nothing are shared with ``model``.
-
-    Args:
-        model: left as it was.
-        structure: ``describe(model)``.
-        plan: units to keep.
-    """
-    state = dict(apply_plan(dict(model.named_parameters()), structure, plan))
-    return assemble(model.config, state)
 
 
 def assemble(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:

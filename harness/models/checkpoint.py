@@ -6,16 +6,15 @@ All of it is read from the files' headers, so that a folder is refused before gi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.errors import UserError
+from harness.weights import StoredTensor, tensors_in
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,26 +62,13 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every stored tensor, from the headers alone.
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Name -> tensor of everything a checkpoint folder holds; only headers are read.
 
     Raises:
-        UserError: a file is cut off or is no safetensors file.
+        UserError: a file is missing, cut off or no safetensors file.
     """
-    shapes = {}
-    for path in weight_files(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything stored, one at a time."""
-    for path in weight_files(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                yield name, file.get_tensor(name)
+    return {name: tensor for path in weight_files(folder) for name, tensor in tensors_in(path).items()}
 
 
 def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -101,16 +87,15 @@ def check_weights(folder: Path, expected: Shapes) -> None:
     Raises:
         UserError: naming the first tensor that is missing, has another shape, or is not in the configuration.
     """
-    stored = stored_shapes(folder)
+    stored = stored_tensors(folder)
     for name, shape in expected.items():
         if name not in stored:
             raise _contradiction(folder, f"there is no {name}, which config.json asks for")
-        if stored[name] != shape:
-            raise _contradiction(folder, f"{name} is {list(stored[name])} where config.json says {list(shape)}")
+        if stored[name].shape != shape:
+            raise _contradiction(folder, f"{name} is {list(stored[name].shape)} where config.json says {list(shape)}")
     extra = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if extra == [HEAD]:
-        tensors = {name: tensor for name, tensor in read_tensors(folder) if name in (HEAD, EMBEDDING)}
-        if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        if not torch.equal(stored[HEAD].read(), stored[EMBEDDING].read()):
             raise _contradiction(folder, "config.json ties the embeddings, but a head that differs is stored")
     elif extra:
         raise _contradiction(folder, f"{extra[0]} is stored, which config.json knows nothing of")
@@ -118,10 +103,3 @@ def check_weights(folder: Path, expected: Shapes) -> None:
 
 def _contradiction(folder: Path, what: str) -> UserError:
     return UserError(f"the weights in {folder} contradict its config.json: {what}; pass a complete checkpoint")
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut off or damaged ({error}); download or write it again") from error

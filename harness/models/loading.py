@@ -18,6 +18,7 @@ from harness.models.assemble import without_weights
 from harness.models.checkpoint import check_weights, parameter_shapes, read_config
 from harness.models.hashes import weights_sha256
 from harness.models.source import checkpoint_folder
+from harness.models.streaming import stream_checkpoint
 from harness.records import Dtype, ModelRef, ParamCounts
 from harness.structure import ModelStructure, count_parameters, describe
 
@@ -47,20 +48,31 @@ class LoadedModel:
         return count_parameters(self.model.named_parameters())
 
 
-def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:
+def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu", *, stream: bool = False) -> LoadedModel:
     """Load a checkpoint: from the catalog, from a local folder, or from the hub.
 
     Safetensors only, and never remote code.
+
+    Args:
+        ref: which.
+        dtype: that it computes in.
+        device: where; ``auto`` spreads it over several.
+        stream: leave the layers in their files and read them when they run (``harness.models.streaming``).
 
     Raises:
         UserError: it cannot be reached, has no weights, or is not a model that can be pruned.
     """
     if device != SEVERAL:
         require_device(device)
+    elif stream:
+        raise UserError("--stream runs one layer at a time on one device; name one instead of --device auto")
     folder = checkpoint_folder(ref)
     digest = weights_sha256(folder)
     try:
-        model = read_model(folder, getattr(torch, dtype), "auto" if device == SEVERAL else None)
+        if stream:
+            model: Any = stream_checkpoint(folder, getattr(torch, dtype), device)
+        else:
+            model = read_model(folder, getattr(torch, dtype), "auto" if device == SEVERAL else None)
         tokenizer = _load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or "no message"
@@ -68,7 +80,7 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu") -> 
             f"{folder} could not be loaded as a language model ({type(error).__name__}: {reason}); "
             "pass a complete save_pretrained folder"
         ) from error
-    if device != SEVERAL:
+    if device != SEVERAL and not stream:
         model.to(device)
     model.eval().requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, weights_sha256=digest)

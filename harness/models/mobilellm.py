@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from harness.models.assemble import assemble, pruned_form, without_weights
-from harness.models.checkpoint import check_weights, parameter_shapes, read_tensors
+from harness.models.checkpoint import check_weights, parameter_shapes, stored_tensors
 
 MODEL_TYPE = "mobilellm"
 
@@ -69,7 +69,7 @@ def load_mobilellm(folder: Path, values: Mapping[str, Any], dtype: torch.dtype) 
     config = llama_config(values)
     shapes = parameter_shapes(without_weights(pruned_form(config)))
     check_weights(folder, shapes)
-    state = {name: tensor.to(dtype) for name, tensor in read_tensors(folder) if name in shapes}
+    state = {name: tensor.read().to(dtype) for name, tensor in stored_tensors(folder).items() if name in shapes}
     return assemble(config, state)
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from harness.durable import disk_errors, sync_folder
 from harness.errors import UserError
 from harness.models import modeling_pruned
+from harness.models.checkpoint import INDEX
 from harness.models.hashes import write_sums
+from harness.models.streaming import streamed
+from harness.weights import Weight, read
+
+SHARD_BYTES = 2 * 10**9
+"""Of a streamed model's files."""
 
 
 def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
@@ -43,7 +52,11 @@ def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
         if type(model).__module__ == modeling_pruned.__name__:
             _add_modelling_file(model, folder)
         # The weights come last, so that a folder whose weights are whole is whole.
-        model.save_pretrained(folder)
+        if (how := streamed(model)) is None:
+            model.save_pretrained(folder)
+        else:
+            _save_configs(model, folder)
+            write_shards(how.state, folder)
         write_sums(folder)
         _sync(folder)
 
@@ -56,6 +69,38 @@ def refuse_existing(out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists already; remove it or pass another --out")
+
+
+def write_shards(state: Mapping[str, Weight], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write weights as a checkpoint's safetensors files, reading those of one file at a time.
+
+    Args:
+        state: parameters by name, tied ones once.
+        folder: that of the checkpoint.
+        shard_bytes: most bytes of one file, but for a tensor that is larger.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(state),
+        get_storage_size=lambda weight: weight.numel() * weight.dtype.itemsize,
+        get_storage_id=lambda _weight: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: read(state[name]).cpu().contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _save_configs(model: Any, folder: Path) -> None:
+    """What ``save_pretrained`` writes beside weights that are in memory."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.get_input_embeddings().weight.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _add_modelling_file(model: Any, folder: Path) -> None:

@@ -31,3 +31,15 @@ def test_the_head_gets_no_gradient() -> None:
     torch.autograd.backward(loss)
     assert hidden.grad is not None
     assert head.grad is None
+
+
+def test_a_head_of_another_dtype_is_cast_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baselines.next_token_loss.HEAD_ROWS", 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 8, generator=generator, requires_grad=True)
+    head = torch.randn(11, 8, generator=generator).bfloat16()
+    target, weight = torch.randint(0, 11, (7,), generator=generator), torch.rand(7, generator=generator)
+    losses = [next_token_loss(hidden, some, target, weight)[0] for some in (head, head.float())]
+    gradients = [torch.autograd.grad(loss, hidden)[0] for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])

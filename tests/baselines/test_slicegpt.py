@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from baselines import slicegpt_rotation
 from baselines.slicegpt import SliceGPT, sliced_params, sliced_shapes, solve_width
-from baselines.slicegpt_rotation import SUBLAYERS, Slicer, fused, principal_axes, random_rotation, reorient
+from baselines.slicegpt_rotation import SUBLAYERS, Slicer, fused, principal_axes, random_rotation, reoriented
 from harness.budget import ParameterTarget, UnreachableSparsityError
 from harness.models import LoadedModel, assemble
 from harness.structure import count_parameters
@@ -60,14 +60,14 @@ def test_full_width_equals_the_dense_model(tiny: LoadedModel, calibration: Tenso
 def test_fused_norms_alone_equal_the_dense_model(tiny: LoadedModel) -> None:
     dense = exact(tiny.model)
     state = {name: tensor.detach().clone() for name, tensor in dense.named_parameters()}
-    state["lm_head.weight"] = fused(dense.lm_head.weight, dense.model.norm)
+    state["lm_head.weight"] = fused(dense.lm_head.weight, dense.model.norm.weight)
     state["model.norm.weight"] = torch.ones(HIDDEN_SIZE, dtype=torch.float64)
     for i, layer in enumerate(dense.model.layers):
         for sublayer in SUBLAYERS:
             prefix = f"model.layers.{i}."
             state[f"{prefix}{sublayer.norm}.weight"] = torch.ones(HIDDEN_SIZE, dtype=torch.float64)
             for reader in (f"{sublayer.module}.{name}.weight" for name in sublayer.readers):
-                state[prefix + reader] = fused(state[prefix + reader], getattr(layer, sublayer.norm))
+                state[prefix + reader] = fused(state[prefix + reader], getattr(layer, sublayer.norm).weight)
     without_norms = exact(assemble(dense.config, state))
     assert (logits(without_norms, unseen_tokens()) - logits(dense, unseen_tokens())).abs().max() < 1e-10
 
@@ -116,8 +116,11 @@ def test_slicing_equals_projecting_in_the_dense_basis(tiny: LoadedModel, calibra
 def test_random_orientation_is_the_same_function_with_other_weights(
     tiny: LoadedModel, calibration: Tensor, slice_head: bool
 ) -> None:
-    state = Slicer(tiny.model, calibration, slice_head).to_width(30).state
-    turned = reorient(state, tiny.structure.num_layers, torch.Generator().manual_seed(3))
+    parts = list(Slicer(tiny.model, calibration, slice_head).parts(30))
+    state, turned = (
+        {name: tensor for part in some for name, tensor in part.state.items()}
+        for some in (parts, reoriented(parts, torch.Generator().manual_seed(3)))
+    )
     straight, random = (exact(assemble(tiny.model.config, weights)) for weights in (state, turned))
     assert (logits(straight, unseen_tokens()) - logits(random, unseen_tokens())).abs().max() < 1e-10
     assert all(turned[name].shape == tensor.shape for name, tensor in state.items())

@@ -50,11 +50,11 @@ def fused_model(model: Any, subtract_embedding_mean: bool) -> Any:
     """The model with its norm weights multiplied into the linear maps that read them, and ones in their place."""
     state = dict(model.named_parameters())
     state["model.embed_tokens.weight"] = published(model, subtract_embedding_mean=subtract_embedding_mean).embedding
-    state["lm_head.weight"] = fused(model.lm_head.weight, model.model.norm)
+    state["lm_head.weight"] = fused(model.lm_head.weight, model.model.norm.weight)
     for i, layer in enumerate(model.model.layers):
         for sublayer in SUBLAYERS:
             for reader in (f"model.layers.{i}.{sublayer.module}.{name}.weight" for name in sublayer.readers):
-                state[reader] = fused(state[reader], getattr(layer, sublayer.norm))
+                state[reader] = fused(state[reader], getattr(layer, sublayer.norm).weight)
     ones = {name: torch.ones_like(tensor) for name, tensor in state.items() if name.endswith("norm.weight")}
     return assemble(model.config, state | ones)
 

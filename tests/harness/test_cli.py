@@ -262,3 +262,23 @@ def test_regress_refuses_what_it_cannot_use(options: list[str], message: str, co
     out, _ = compared
     same = ["--reference", str(out), "--candidate", str(out)]
     assert message in harness("regress", *same, *options, expect=2)
+
+
+def test_a_streamed_comparison_says_so_and_is_not_timed(checkpoint: Path, tmp_path: Path) -> None:
+    harness(
+        "compare", "--models", str(checkpoint), "--methods", "dense", "--stream", "--out", str(tmp_path),
+        "--tasks", "arc_easy", "--limit", "1", "--heldout-tokens", "64",
+    )  # fmt: skip
+    (record,) = Store(tmp_path).records()
+    assert record.status == "ok", record.reason
+    assert record.spec.efficiency is None
+    assert any("--stream" in note for note in record.notes)
+
+
+def test_a_streamed_prune_is_a_folder_that_loads(checkpoint: Path, tmp_path: Path) -> None:
+    told = harness(
+        "prune", "--model", str(checkpoint), "--method", "magnitude", "--sparsity", "0.03", "--stream",
+        "--out", str(tmp_path / "pruned"), "--results", str(tmp_path / "none"),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert f"{sum(p.numel() for p in model.parameters()):,} of " in told

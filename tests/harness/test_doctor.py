@@ -101,3 +101,14 @@ def test_doctor_needs_no_network_and_its_exit_code_is_the_verdict() -> None:
     assert "8,030,261,248 parameters, 29.9 GiB in float32" in done.stdout
     assert "about 15.0 GiB, gated" in done.stdout
     assert "This machine cannot: " in done.stdout
+
+
+def test_streaming_needs_a_fraction_of_the_weights() -> None:
+    whole = diagnosis("llama-3.1-8b", "bfloat16")
+    streamed = diagnose(
+        ModelRef(name="llama-3.1-8b"), list(known_methods()), "bfloat16", "cpu", CalibrationSpec(), stream=True
+    )
+    for more, less in zip(whole.methods, streamed.methods, strict=True):
+        assert less.peak_bytes < more.peak_bytes
+        assert less.pruning_bytes < 1.25 * whole.weight_bytes
+    assert "--stream leaves layers in their files" in str(Diagnosis(**{**vars(whole), "memory_bytes": 2**30}).verdict)

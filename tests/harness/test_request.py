@@ -29,6 +29,7 @@ FLAGS: dict[str, Any] = {
     "heldout_tokens": None,
     "offline": None,
     "efficiency": True,
+    "stream": False,
     "set_": [],
     "config": None,
     "dtype": "float32",
@@ -49,6 +50,7 @@ def test_defaults_compare_every_method_on_the_embedded_model() -> None:
     assert len(comparison.evaluation.tasks) == 8
     assert comparison.efficiency == EfficiencySpec()
     assert comparison_from({**FLAGS, "efficiency": False}, {"efficiency"}, None).efficiency is None
+    assert comparison_from({**FLAGS, "stream": True}, {"stream"}, None).efficiency is None
 
 
 def test_quick_profile_keeps_adapt_pruners_steps_affordable_unless_told_otherwise() -> None:

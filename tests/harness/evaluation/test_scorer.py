@@ -24,8 +24,7 @@ from harness.errors import UserError
 from harness.evaluation.forest_pass import NonFiniteOutputError
 from harness.evaluation.quiet import quiet
 from harness.evaluation.scorer import Request, Score, TrieScorer
-from harness.models import LoadedModel
-from harness.models.assemble import remove_units
+from harness.models import LoadedModel, remove_units
 from harness.registry import build_method
 from harness.structure import describe
 
