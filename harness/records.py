@@ -75,6 +75,47 @@ class EfficiencySpec(Frozen):
     """Turns of each model behind a median; one more is not counted."""
 
 
+class TrainingSpec(Frozen):
+    """How a model is trained, after pruning or between its steps; the same for every method of a comparison."""
+
+    tokens: Annotated[int, Field(ge=1)]
+    """Read in all."""
+    mode: Literal["full", "lora"] = "full"
+    """Train every weight, or low-rank updates of every linear map that are merged afterwards."""
+    source: str = "reading"
+    """Text: names of ``harness texts`` joined by ``+``, or a .txt / .jsonl path."""
+    context_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a window."""
+    batch_tokens: Annotated[int, Field(ge=2)] = 4096
+    """Tokens of one step, over all devices."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Tokens run at once on one device (at least one window); bounds memory."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Of the plateau."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Of the last step."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Fraction of the steps over which the rate rises."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fraction of the steps over which it falls."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Type of the matrix products, where it is not the weights'."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more time for a fraction of the memory."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the divergence from the dense model in the loss."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of both distributions in that divergence."""
+    lora_rank: Annotated[int, Field(ge=1)] = 8
+    """Rank of the updates in ``lora`` mode."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Their scale is ``lora_alpha / lora_rank``."""
+    seed: int = 0
+    """Order of the windows, and the first low-rank updates."""
+
+
 class RunSpec(Frozen):
     """Everything that can change a number, and nothing else (so no batch size, device or thread count)."""
 
