@@ -24,8 +24,8 @@ from harness.models.hashes import write_sums
 from harness.models.streaming import streamed
 from harness.weights import Weight, read
 
-SHARD_BYTES = 2 * 10**9
-"""Of a streamed model's files."""
+SHARD_BYTES = 5 * 10**8
+"""Of a streamed model's files, each of which is put together in memory."""
 
 
 def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
