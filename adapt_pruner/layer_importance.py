@@ -66,6 +66,7 @@ def normalise(raw_L: Tensor) -> Tensor:
     centred_L = raw_L - raw_L.mean()
     largest = centred_L.abs().max()
     # Below rounding, what is left of a mean of equal numbers is noise, and dividing by it would make it signal.
-    if largest <= torch.finfo(raw_L.dtype).eps * raw_L.abs().max() * raw_L.numel():
+    number = torch.finfo(raw_L.dtype)
+    if largest <= number.eps * raw_L.abs().max() * raw_L.numel() or largest < number.tiny:  # subnormal: no digits
         return torch.zeros_like(raw_L)
     return centred_L / largest

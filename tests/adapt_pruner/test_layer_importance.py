@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -116,6 +116,7 @@ def test_every_token_weighs_the_same_whatever_its_batch() -> None:
 
 
 @given(st.lists(finite, min_size=2, max_size=40))
+@example([0.0, 5e-324])
 def test_normalised_importance_has_mean_zero_and_largest_magnitude_one(values: list[float]) -> None:
     normalised = normalise(torch.tensor(values, dtype=torch.float64))
     assert normalised.mean().item() == pytest.approx(0, abs=1e-2)
