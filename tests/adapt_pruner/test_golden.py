@@ -34,7 +34,7 @@ NEAR = 1e-4
 FIRST_STEPS = [pytest.param(C1, 2, id="c1"), pytest.param(C5, 2, id="c5"), pytest.param(C6, 1, id="c6")]
 WHOLE_COURSES = [
     pytest.param(C1, marks=pytest.mark.slow, id="c1"),
-    pytest.param(C5, id="c5"),
+    pytest.param(C5, marks=pytest.mark.slow, id="c5"),
     pytest.param(C6, marks=pytest.mark.slow, id="c6"),
 ]
 

@@ -15,7 +15,7 @@ from harness.models import LoadedModel, remove_units
 from harness.models.saving import save_model
 
 # Defining LlamaConfig, transformers imports its Auto classes: then there is nothing yet that could be registered.
-FIRST = ["import transformers", "from transformers import LlamaConfig", "from transformers import AutoModelForCausalLM"]
+FIRST = ["from transformers import LlamaConfig", "from transformers import AutoModelForCausalLM"]
 
 
 @pytest.mark.parametrize("first", FIRST)
