@@ -13,10 +13,8 @@ from torch import Tensor
 
 from adapt_pruner.layer_importance import LayerImportance, normalise
 from adapt_pruner.sparsity import SparsityState
-from baselines.layerwise import STREAMED_TOKENS
 from baselines.taps import layers_observed
-from harness.models import remove_units
-from harness.models.streaming import streamed
+from harness.models import micro_batch_rows, remove_units
 from harness.structure import (
     KeepPlan,
     ModelStructure,
@@ -97,8 +95,7 @@ def observe_layers(model: Any, tokens: Tensor, importance: LayerImportance, *, b
         importance: fed with every layer's input and output.
         bfloat16: let the matrix products run in bfloat16.
     """
-    factor = 1 if streamed(model) is None else STREAMED_TOKENS
-    rows = max(factor * FORWARD_TOKENS // tokens.shape[1], 1)
+    rows = micro_batch_rows(model, tokens.shape[1], FORWARD_TOKENS)
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16)
     with torch.no_grad(), autocast, layers_observed(model, importance.observe):
         for start in range(0, tokens.shape[0], rows):

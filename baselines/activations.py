@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.layerwise import STREAMED_TOKENS
-from harness.models.streaming import streamed
+from harness.models import micro_batch_rows
 
 
 class InputStatistics:
@@ -94,8 +93,7 @@ def input_statistics(
         Module name -> its input's statistics.
     """
     statistics = {name: InputStatistics() for name in modules}
-    factor = 1 if streamed(model) is None else STREAMED_TOKENS
-    rows = max(factor * micro_batch_tokens // calibration.shape[1], 1)
+    rows = micro_batch_rows(model, calibration.shape[1], micro_batch_tokens)
     with (
         torch.no_grad(),
         torch.autocast(calibration.device.type, torch.bfloat16, enabled=bfloat16),

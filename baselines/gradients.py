@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from baselines.importance import TAYLOR, Criterion, Grouping, QueryFold, channel_scores, unit_scores
-from baselines.layerwise import STREAMED_TOKENS, layerwise_pass
-from baselines.next_token_loss import batch_loss
-from baselines.taps import LayerObserver, Moments, Reducer, layers_observed, tapped
-from harness.models import weight_of
+from baselines.layerwise import layerwise_pass
+from baselines.taps import Gathering, LayerObserver, Moments, Reducer, layers_observed, tapped
+from harness.models import micro_batch_rows, weight_of
 from harness.models.streaming import streamed
 from harness.structure import CoupledGroup, ModelStructure
+from harness.token_loss import batch_loss
 
 
 def unit_gradient_scores(
@@ -159,41 +159,25 @@ def gradient_pass(
     assert num_tokens > 1, "a sequence of one token predicts nothing"
     assert mean_over is None or moments == "gradient", "squared gradients are per sample"
     weight_B = _token_weights(num_samples, num_tokens - 1, mean_over).to(calibration.device)
-    how: dict[str, Any] = {"moments": moments, "bfloat16": bfloat16, "on_layer": on_layer}
-    if streamed(model) is not None:
-        rows = max(STREAMED_TOKENS * micro_batch_tokens // num_tokens, 1)
-        total_loss = layerwise_pass(model, calibration, weight_B, modules, reduce, rows=rows, **how)
-    else:
-        rows = max(micro_batch_tokens // num_tokens, 1)
-        total_loss = _whole_pass(model, calibration, weight_B, modules, reduce, rows=rows, **how)
-    return total_loss / (num_samples * (num_tokens - 1))
+    rows = micro_batch_rows(model, num_tokens, micro_batch_tokens)
+    gathering = Gathering(modules, reduce, moments, rows, bfloat16, on_layer)
+    run = _whole_pass if streamed(model) is None else layerwise_pass
+    return run(model, calibration, weight_B, gathering) / (num_samples * (num_tokens - 1))
 
 
-def _whole_pass(
-    model: Any,
-    calibration: Tensor,
-    weight_B: Tensor,
-    modules: Sequence[str],
-    reduce: Reducer,
-    *,
-    moments: Moments,
-    rows: int,
-    bfloat16: bool,
-    on_layer: LayerObserver | None,
-) -> float:
+def _whole_pass(model: Any, calibration: Tensor, weight_B: Tensor, gathering: Gathering) -> float:
     """All layers forward, then all backward, one micro-batch after the other; returns the sum of token losses."""
     num_samples = calibration.shape[0]
     total_loss = 0.0
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        taps = [stack.enter_context(tapped(model, name, moments, num_samples)) for name in modules]
-        if on_layer is not None:
-            stack.enter_context(layers_observed(model, on_layer))
-        for start in range(0, num_samples, rows):
+        taps = [stack.enter_context(tapped(model, m, gathering.moments, num_samples)) for m in gathering.modules]
+        if gathering.on_layer is not None:
+            stack.enter_context(layers_observed(model, gathering.on_layer))
+        for part in gathering.micro_batches(num_samples):
             for tap in taps:
-                tap.reduce = reduce if start + rows >= num_samples else None
-            batch = calibration[start : start + rows]
-            total_loss += _forward_backward(model, batch, weight_B[start : start + rows], bfloat16)
+                tap.reduce = gathering.reduce if part.stop >= num_samples else None
+            total_loss += _forward_backward(model, calibration[part], weight_B[part], gathering.bfloat16)
     return total_loss
 
 

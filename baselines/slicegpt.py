@@ -90,10 +90,8 @@ class SliceGPT(ReimplementedMethod):
         in_float64 = 8 * h * h * ((2 if footprint.streamed else 2 * footprint.structure.num_layers) + 4)
         turned = 2 * 4 * h * footprint.vocab_size
         micro_batch = footprint.forward_bytes(2048)
-        new_model = footprint.weight_bytes + untied_head + shortcuts
-        if footprint.streamed:
-            new_model = footprint.held_bytes + untied_head
-        return new_model + stream + in_float64 + max(turned, micro_batch)
+        layers = 0 if footprint.streamed else shortcuts  # in files as soon as they are cut
+        return footprint.held_bytes + untied_head + layers + stream + in_float64 + max(turned, micro_batch)
 
     def prune(
         self, loaded: LoadedModel, calibration: Tensor, targets: Sequence[ParameterTarget], seed: int

@@ -20,12 +20,10 @@ from torch.nn import functional
 from harness.models import state_of
 from harness.models.modeling_pruned import SlicedRMSNorm
 from harness.models.streaming import streamed
-from harness.weights import Weight, read
+from harness.weights import VOCABULARY_ROWS, Weight, read
 
 MICRO_BATCH_TOKENS = 2048
 """Tokens run through a block at once: bounds the MLP's activations, the largest there are."""
-VOCABULARY_ROWS = 16_384
-"""Rows of the embedding and the head turned at once."""
 MOMENTS_BLOCK = 128
 """Rows of second moments computed at once, up to the diagonal: two thirds of the time of the whole square."""
 

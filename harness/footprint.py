@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from harness.models.streaming import STREAMED_TOKENS
 from harness.records import ParamCounts
 from harness.structure import CoupledGroup, ModelStructure
 
@@ -99,14 +100,14 @@ class Footprint:
     def backward_bytes(self, tokens: int, layers: int | None = None, logit_tokens: int = 128) -> int:
         """A micro-batch forward and backward: activations of all layers, and a few tokens' logits thrice in float32.
 
-        Of a streamed model: activations of one layer, of four times the tokens, and the inputs of all layers.
+        Of a streamed model: activations of one layer, of ``STREAMED_TOKENS`` times the tokens, and the inputs of all.
         """
         width = max(self.bytes_per_weight, 4)  # norms and softmax keep float32
         logits = 3 * logit_tokens * self.vocab_size * 4
         if not self.streamed:
             return min(tokens, self.calibration_tokens) * self.layer_floats(layers) * width + logits
         inputs = self.calibration_tokens * (layers or self.structure.num_layers) * self.structure.hidden_size
-        activations = min(4 * tokens, self.calibration_tokens) * self.layer_floats(1)
+        activations = min(STREAMED_TOKENS * tokens, self.calibration_tokens) * self.layer_floats(1)
         return inputs * self.bytes_per_weight + activations * width + logits
 
     def scoring_bytes(self, batch_tokens: int, *, copy: bool = True) -> int:

@@ -19,6 +19,9 @@ from harness.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """How a safetensors header spells what weights can be."""
 
+VOCABULARY_ROWS = 16_384
+"""Rows of an embedding or a head that are cast to a wider type at once."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:

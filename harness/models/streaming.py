@@ -23,9 +23,13 @@ from harness.models import mobilellm
 from harness.models.assemble import assemble, without_weights
 from harness.models.checkpoint import check_weights, parameter_shapes, read_config, stored_tensors
 from harness.structure import KeepPlan, ModelStructure, apply_plan
-from harness.weights import Weight, read
+from harness.weights import VOCABULARY_ROWS, Weight, read
 
 LAYERS = "model.layers."
+
+STREAMED_TOKENS = 4
+"""Times as many tokens run at once through a streamed model: only one layer's activations exist, and fewer
+micro-batches read its weights less often."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ def stream(config: PreTrainedConfig, state: Mapping[str, Weight], dtype: torch.d
         if name.startswith(LAYERS):
             held[name] = torch.empty(weight.shape, dtype=dtype, device="meta")
         else:
-            # The large ones, embedding and head, keep the type of the file and so its pages.
-            held[name] = read(weight).to(device, None if weight.numel() > weight.shape[0] else dtype)
+            is_matrix = len(weight.shape) > 1  # embedding and head keep the type of the file, and so its pages
+            held[name] = read(weight).to(device, None if is_matrix else dtype)
     model: Any = assemble(config, held)
     model.requires_grad_(False)
     model.streamed = Streamed(state, dtype, device)
@@ -128,6 +132,19 @@ def weight_of(model: PreTrainedModel, module: str) -> Tensor:
     return read(how.state[f"{module}.weight"]).to(how.device)
 
 
+def micro_batch_rows(model: Any, num_tokens: int, micro_batch_tokens: int) -> int:
+    """Sequences that a pass over a model runs at once, one at the least.
+
+    Args:
+        model: streamed or not.
+        num_tokens: of one sequence.
+        micro_batch_tokens: most tokens run at once through a model in memory; ``STREAMED_TOKENS`` times as many through
+            a streamed one.
+    """
+    factor = 1 if streamed(model) is None else STREAMED_TOKENS
+    return max(factor * micro_batch_tokens // num_tokens, 1)
+
+
 class _LayerWeights(Mapping[str, Tensor]):
     """The weights of one layer by their names in it, read at every look."""
 
@@ -148,11 +165,7 @@ def _cast_head(head: Any) -> None:
     """Let a head kept in the file's type multiply hidden states of the model's, a slice of the vocabulary at a time."""
 
     def forward(hidden: Tensor) -> Tensor:
-        slices = head.weight.split(HEAD_ROWS)
+        slices = head.weight.split(VOCABULARY_ROWS)
         return torch.cat([functional.linear(hidden, part.to(hidden.dtype)) for part in slices], dim=-1)
 
     head.forward = forward
-
-
-HEAD_ROWS = 8192
-"""Rows of the head that are cast at once."""

@@ -1,11 +1,10 @@
-"""The training loop: AdamW over packed text, step by step, on one device or several, with models that may shrink."""
+"""The training loop: AdamW over packed text, step by step, with models that may shrink on the way."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from harness.errors import UserError
 from harness.records import TrainingSpec
 from harness.structure import KeepPlan, ModelStructure, apply_plan
+from harness.token_loss import Teacher, token_loss
 from harness.training.data import Batch, PackedText
-from harness.training.loss import Teacher, token_loss
 from harness.training.schedule import warmup_stable_decay
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,13 +50,10 @@ class Trainer:
         text: what it reads; the order of windows follows from ``spec.seed`` and the step alone.
         spec: the settings.
         teacher: dense model to distil from; None trains on the text alone.
-        accelerator: accelerate's, where several processes train together; None is this process alone.
     """
 
-    def __init__(
-        self, model: Any, text: PackedText, spec: TrainingSpec, *, teacher: Any = None, accelerator: Any = None
-    ) -> None:
-        self.text, self.spec, self.teacher, self.accelerator = text, spec, teacher, accelerator
+    def __init__(self, model: Any, text: PackedText, spec: TrainingSpec, *, teacher: Any = None) -> None:
+        self.text, self.spec, self.teacher = text, spec, teacher
         self.step = 0
         """Steps taken."""
         self._put(model)
@@ -125,9 +121,6 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         learning = [parameter for _, parameter in self._learning()]
         self.optimizer = torch.optim.AdamW(learning, lr=self.spec.learning_rate, weight_decay=0.0, fused=True)
-        self._loss: nn.Module = _BatchLoss(model, self.spec)
-        if self.accelerator is not None:
-            self._loss = self.accelerator.prepare_model(self._loss)
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         # Empty ones (of a layer that lost every head) have nothing to learn, and fused AdamW refuses them.
@@ -159,62 +152,33 @@ class Trainer:
         return StepLog(self.step - 1, tokens, loss, rate, norm, time.perf_counter() - start)
 
     def _backward(self, batch: Batch) -> float:
-        """Gradients of the batch's mean loss, this process's part of it; the mean cross-entropy over all of it."""
-        processes = 1 if self.accelerator is None else self.accelerator.num_processes
-        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        """Gradients of the batch's mean loss; its mean cross-entropy."""
         device = self.model.get_input_embeddings().weight.device
         num_scored = max(int(batch.scored_BT.sum()), 1)
-        tokens, scored = (t[rank::processes].to(device) for t in (batch.tokens_BT, batch.scored_BT))
         rows = max(self.spec.micro_batch_tokens // self.text.context_length, 1)
-        parts = list(zip(torch.split(tokens, rows), torch.split(scored, rows), strict=True))
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for i, (some, counted) in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if self.accelerator is None or last else self.accelerator.no_sync(self._loss):
-                # Gradients are averaged over processes, so each counts its tokens that many times.
-                loss, plain = self._loss(some, counted, processes / num_scored, self._teacher_states(some))
-                loss.backward()
-            total += plain.detach()
-        if self.accelerator is not None:
-            total = self.accelerator.reduce(total, "sum")
-        return float(total) / processes
+        total = 0.0
+        for tokens, scored in zip(torch.split(batch.tokens_BT, rows), torch.split(batch.scored_BT, rows), strict=True):
+            total += self._micro_batch(tokens.to(device), scored.to(device), num_scored)
+        return total / num_scored
 
-    def _teacher_states(self, tokens_BT: Tensor) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        with torch.no_grad():
-            states: Tensor = self.teacher.model(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        self._loss_module.head_of_teacher = self.teacher.lm_head.weight
-        return states
-
-    @property
-    def _loss_module(self) -> Any:
-        return self._loss if self.accelerator is None else self.accelerator.unwrap_model(self._loss)
-
-
-class _BatchLoss(nn.Module):
-    """A model and its loss as one module, so that several processes can share the backward pass."""
-
-    def __init__(self, model: Any, spec: TrainingSpec) -> None:
-        super().__init__()
-        self.model = model
-        self.spec = spec
-        self.head_of_teacher: Tensor | None = None
-
-    def forward(
-        self, tokens_BT: Tensor, scored_BT: Tensor, weight: float, teacher_BTh: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the token losses, and of their cross-entropies."""
+    def _micro_batch(self, tokens_BT: Tensor, scored_BT: Tensor, num_scored: int) -> float:
+        """Gradients of some windows' share in the batch's loss; the sum of their cross-entropies."""
         narrow = self.spec.autocast == "bfloat16"
-        with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=narrow):
-            hidden_BTH = self.model.model(input_ids=tokens_BT, use_cache=False).last_hidden_state
         predicting = scored_BT[:, 1:]
-        hidden_NH = hidden_BTH[:, :-1][predicting].to(torch.bfloat16 if narrow else hidden_BTH.dtype)
-        weight_N = torch.full((len(hidden_NH),), weight, device=hidden_NH.device)
+
+        def states(model: Any) -> Tensor:
+            with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=narrow):
+                hidden_BTH: Tensor = model.model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+            return hidden_BTH[:, :-1][predicting].to(torch.bfloat16 if narrow else hidden_BTH.dtype)
+
         teacher = None
-        if teacher_BTh is not None:
-            assert self.head_of_teacher is not None
-            teacher = Teacher(
-                teacher_BTh[:, :-1][predicting], self.head_of_teacher, self.spec.temperature, self.spec.distillation
-            )
-        return token_loss(hidden_NH, self.model.lm_head.weight, tokens_BT[:, 1:][predicting], weight_N, teacher)
+        if self.teacher is not None:
+            with torch.no_grad():
+                known_Nh = states(self.teacher)
+            teacher = Teacher(known_Nh, self.teacher.lm_head.weight, self.spec.temperature, self.spec.distillation)
+        hidden_NH = states(self.model)
+        weight_N = torch.full((len(hidden_NH),), 1 / num_scored, dtype=torch.float64, device=hidden_NH.device)
+        targets = tokens_BT[:, 1:][predicting]
+        loss, plain = token_loss(hidden_NH, self.model.lm_head.weight, targets, weight_N, teacher)
+        torch.autograd.backward(loss)
+        return float(plain)

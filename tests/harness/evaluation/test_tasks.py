@@ -31,7 +31,8 @@ def test_names_that_cannot_be_used_are_refused(names: list[str], message: str) -
 
 def test_the_default_task_manager_with_its_scan_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_eval.tasks._index.TaskIndex, "build", lambda *_: pytest.fail("scanned"))
-    build_tasks.__wrapped__(EvaluationSpec(tasks=("piqa", "mmlu"), limit=1, mmlu_limit=1))
+    task_set = build_tasks.__wrapped__(EvaluationSpec(tasks=("piqa", "mmlu"), limit=1, mmlu_limit=1))
+    assert len(task_set.leaves) == 1 + 57
 
 
 def test_mmlu_is_the_stock_tree() -> None:

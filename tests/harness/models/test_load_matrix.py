@@ -130,7 +130,9 @@ def test_without_the_package_the_folder_brings_its_code(without_us: Path, folder
 
 @pytest.mark.slow
 def test_without_the_package_all_of_it_works_as_with_it(without_us: Path, folders: list[Path]) -> None:
-    checked(without_us, "remote", folders)
+    found = checked(without_us, "remote", folders)
+    assert found.keys() == {folder.name for folder in folders}
+    assert not any(line["ours"] for line in found.values())
 
 
 def test_without_the_package_and_without_trust_a_stock_model_loads_and_others_ask(

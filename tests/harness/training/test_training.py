@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from harness.models import LoadedModel, remove_units
 from harness.records import TrainingSpec
 from harness.training import PackedText, StepLog, Trainer, TrainingDivergedError
-from harness.training.loss import LOGIT_TOKENS, Teacher, token_loss
 from harness.training.schedule import round_ends, shares, warmup_stable_decay
 
 MakeTiny = Callable[..., LoadedModel]
@@ -28,33 +26,6 @@ def course(loaded: LoadedModel, until: int | None = None, **changes: Any) -> lis
     trainer, log = Trainer(loaded.model, text(), TrainingSpec(**(SPEC | changes))), []
     trainer.advance(until or trainer.total_steps, log.append)
     return log
-
-
-@pytest.mark.parametrize("num_tokens", [3, LOGIT_TOKENS + 5])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_loss_and_gradients_are_torchs(num_tokens: int, share: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    hidden, head = draw(num_tokens, 8).requires_grad_(), draw(11, 8).requires_grad_()
-    known, known_head = draw(num_tokens, 6), draw(11, 6)
-    target, weight = torch.randint(0, 11, (num_tokens,), generator=generator), draw(num_tokens).abs()
-    teacher = Teacher(known, known_head, 2.0, share) if share else None
-    loss, plain = token_loss(hidden, head, target, weight, teacher)
-    logits = hidden @ head.T
-    nats = functional.cross_entropy(logits, target, reduction="none")
-    divergence = functional.kl_div(
-        (logits / 2).log_softmax(-1), (known @ known_head.T / 2).log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
-    expected = (((1 - share) * nats + share * 4 * divergence) * weight).sum()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(plain, (nats * weight).sum())
-    for ours, theirs in zip(
-        torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_rate_rises_stays_and_falls_to_the_minimum() -> None:
@@ -86,6 +57,28 @@ def test_the_loss_falls_and_micro_batches_change_nothing(make_tiny: MakeTiny) ->
     assert small[-1].loss < small[0].loss - 0.3
     assert [log.loss for log in small] == pytest.approx([log.loss for log in large], rel=1e-9)
     assert [log.tokens for log in small[:2]] == [64, 128]
+
+
+def test_distilling_pulls_towards_the_teacher(make_tiny: MakeTiny) -> None:
+    teacher, student = make_tiny("tied").model, make_tiny("grouped-query").model
+    tokens = text().batch(0, 4, seed=0).tokens_BT
+
+    def divergence() -> float:
+        with torch.no_grad():
+            ours, theirs = (m(tokens).logits.log_softmax(-1) for m in (student, teacher))
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    before = divergence()
+    trainer = Trainer(student, text(), TrainingSpec(**SPEC, distillation=1.0, temperature=2.0), teacher=teacher)
+    trainer.advance(trainer.total_steps)
+    assert divergence() < 0.8 * before
+
+
+def test_a_model_that_is_its_own_teacher_learns_nothing_from_it(make_tiny: MakeTiny) -> None:
+    model, same = make_tiny("tied").model, make_tiny("tied").model
+    log: list[StepLog] = []
+    Trainer(model, text(), TrainingSpec(**SPEC, distillation=1.0), teacher=same).advance(1, log.append)
+    assert log[0].gradient_norm < 1e-9
 
 
 def test_checkpointing_and_a_pause_change_nothing(make_tiny: MakeTiny) -> None:
