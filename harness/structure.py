@@ -175,6 +175,21 @@ def compose(first: KeepPlan, then: KeepPlan) -> dict[str, Tensor]:
     }
 
 
+def left_of(structure: ModelStructure, before: KeepPlan, after: KeepPlan) -> dict[str, Tensor]:
+    """The plan, in the numbering of the model that ``before`` left, that leads to ``after``: undoes ``compose``.
+
+    Args:
+        structure: of the dense model.
+        before: units of it.
+        after: units of it, all of them among those of ``before``.
+    """
+    plan = {}
+    for name, kept in after.items():
+        held = before.get(name, torch.arange(structure.by_name[name].num_units))
+        plan[name] = torch.nonzero(torch.isin(held, kept)).flatten()
+    return plan
+
+
 def count_parameters(named: Iterable[tuple[str, Tensor]]) -> ParamCounts:
     """Count parameters by what they do, each tensor once.
 

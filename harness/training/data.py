@@ -29,6 +29,8 @@ class PackedText:
     context_length: int
     scored: NDArray[np.bool_] | None = None
     """[num_tokens]: those that count; None counts all."""
+    sha256: str | None = None
+    """Of the documents and the tokenizer, where they are known."""
 
     @property
     def num_windows(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from harness.errors import UserError
 from harness.records import TrainingSpec
 from harness.structure import KeepPlan, ModelStructure, apply_plan
-from harness.token_loss import Teacher, token_loss
 from harness.training.data import Batch, PackedText
+from harness.training.loss import TrainingLoss
 from harness.training.schedule import warmup_stable_decay
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,12 +51,25 @@ class Trainer:
         text: what it reads; the order of windows follows from ``spec.seed`` and the step alone.
         spec: the settings.
         teacher: dense model to distil from; None trains on the text alone.
+        accelerator: accelerate's, where several processes share every step; None for one.
+
+    Raises:
+        UserError: the processes cannot share a step evenly.
     """
 
-    def __init__(self, model: Any, text: PackedText, spec: TrainingSpec, *, teacher: Any = None) -> None:
-        self.text, self.spec, self.teacher = text, spec, teacher
+    def __init__(
+        self, model: Any, text: PackedText, spec: TrainingSpec, *, teacher: Any = None, accelerator: Any = None
+    ) -> None:
+        self.text, self.spec, self.teacher, self.accelerator = text, spec, teacher, accelerator
         self.step = 0
         """Steps taken."""
+        _, processes = self._place
+        if self.windows_per_step % processes:
+            raise UserError(
+                f"a step of {spec.batch_tokens} tokens is {self.windows_per_step} windows of {text.context_length}, "
+                f"which {processes} processes cannot share evenly; give batch tokens that are a multiple of "
+                f"{processes * text.context_length}"
+            )
         self._put(model)
 
     @property
@@ -109,22 +123,46 @@ class Trainer:
     def load_optimizer_state(self, state: dict[str, dict[str, Any]]) -> None:
         """Take up moments: those of ``optimizer_state``, cut or not."""
         for name, parameter in self._learning():
-            known = {kind: state[kind][name] for kind in (*MOMENTS, "step") if name in state.get(kind, {})}
+            known = {kind: of_kind[name] for kind, of_kind in state.items() if name in of_kind}
             if known:
-                self.optimizer.state[parameter] = known
+                self.optimizer.state[parameter] = {kind: t.to(parameter.device) for kind, t in known.items()}
+
+    def learning_state(self) -> dict[str, Tensor]:
+        """Name -> value of every parameter that learns."""
+        return {name: parameter.detach() for name, parameter in self._learning()}
+
+    def restore(self, step: int, weights: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from where another trainer of such a model was.
+
+        Args:
+            step: steps taken.
+            weights: its ``learning_state``.
+            moments: its ``optimizer_state``.
+        """
+        self.step = step
+        with torch.no_grad():
+            for name, parameter in self._learning():
+                parameter.copy_(weights[name])
+        self.load_optimizer_state(moments)
 
     def _put(self, model: Any) -> None:
         self.model = model
         if self.spec.mode == "full":
             model.requires_grad_(True)
+        for parameter in model.parameters():
+            # Of a layer that lost every head: nothing to learn, and fused AdamW refuses it.
+            parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
         if self.spec.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         learning = [parameter for _, parameter in self._learning()]
-        self.optimizer = torch.optim.AdamW(learning, lr=self.spec.learning_rate, weight_decay=0.0, fused=True)
+        optimizer: Any = torch.optim.AdamW(learning, lr=self.spec.learning_rate, weight_decay=0.0, fused=True)
+        loss: Any = TrainingLoss(model, self.spec, self.teacher)
+        if self.accelerator is not None:
+            loss, optimizer = self.accelerator.prepare(loss, optimizer)
+        self._loss, self.optimizer = loss, optimizer
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
-        # Empty ones (of a layer that lost every head) have nothing to learn, and fused AdamW refuses them.
-        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad and p.numel())
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
     def _one_step(self) -> StepLog:
         start = time.perf_counter()
@@ -141,8 +179,7 @@ class Trainer:
                 f"the loss of step {self.step} is {loss} at learning rate {rate:.3g}, on windows "
                 f"{first}..{first + self.windows_per_step - 1} of the text; lower the learning rate"
             )
-        learning = [parameter for _, parameter in self._learning()]
-        norm = float(nn.utils.clip_grad_norm_(learning, self.spec.clip))
+        norm = self._clipped()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -151,34 +188,40 @@ class Trainer:
         tokens = self.step * self.windows_per_step * self.text.context_length
         return StepLog(self.step - 1, tokens, loss, rate, norm, time.perf_counter() - start)
 
+    def _clipped(self) -> float:
+        """The norm of all gradients, which are no longer than ``spec.clip`` from here on."""
+        learning = [parameter for _, parameter in self._learning()]
+        clip = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
+        return float(clip(learning, self.spec.clip))
+
     def _backward(self, batch: Batch) -> float:
-        """Gradients of the batch's mean loss; its mean cross-entropy."""
+        """Gradients of the batch's mean loss, its windows shared among the processes; its mean cross-entropy."""
         device = self.model.get_input_embeddings().weight.device
+        rank, processes = self._place
         num_scored = max(int(batch.scored_BT.sum()), 1)
         rows = max(self.spec.micro_batch_tokens // self.text.context_length, 1)
-        total = 0.0
-        for tokens, scored in zip(torch.split(batch.tokens_BT, rows), torch.split(batch.scored_BT, rows), strict=True):
-            total += self._micro_batch(tokens.to(device), scored.to(device), num_scored)
-        return total / num_scored
+        tokens, scored = (torch.split(t[rank::processes].to(device), rows) for t in (batch.tokens_BT, batch.scored_BT))
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for i, (tokens_BT, scored_BT) in enumerate(zip(tokens, scored, strict=True)):
+            with self._gathering(last=i == len(tokens) - 1):
+                # Gradients are averaged over processes, whose sum is wanted.
+                loss, plain = self._loss(tokens_BT, scored_BT, processes / num_scored)
+                torch.autograd.backward(loss)
+            total += plain
+        if self.accelerator is not None:
+            total = self.accelerator.reduce(total, "sum")
+        return float(total) / num_scored
 
-    def _micro_batch(self, tokens_BT: Tensor, scored_BT: Tensor, num_scored: int) -> float:
-        """Gradients of some windows' share in the batch's loss; the sum of their cross-entropies."""
-        narrow = self.spec.autocast == "bfloat16"
-        predicting = scored_BT[:, 1:]
+    @property
+    def _place(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        if self.accelerator is None:
+            return 0, 1
+        return self.accelerator.process_index, self.accelerator.num_processes
 
-        def states(model: Any) -> Tensor:
-            with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=narrow):
-                hidden_BTH: Tensor = model.model(input_ids=tokens_BT, use_cache=False).last_hidden_state
-            return hidden_BTH[:, :-1][predicting].to(torch.bfloat16 if narrow else hidden_BTH.dtype)
-
-        teacher = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                known_Nh = states(self.teacher)
-            teacher = Teacher(known_Nh, self.teacher.lm_head.weight, self.spec.temperature, self.spec.distillation)
-        hidden_NH = states(self.model)
-        weight_N = torch.full((len(hidden_NH),), 1 / num_scored, dtype=torch.float64, device=hidden_NH.device)
-        targets = tokens_BT[:, 1:][predicting]
-        loss, plain = token_loss(hidden_NH, self.model.lm_head.weight, targets, weight_N, teacher)
-        torch.autograd.backward(loss)
-        return float(plain)
+    def _gathering(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients go over the wire once a step, with its last micro-batch."""
+        if self.accelerator is None or last:
+            return nullcontext()
+        quiet: AbstractContextManager[None] = self.accelerator.no_sync(self._loss)
+        return quiet

@@ -1,0 +1,152 @@
+"""Conversations to train on: a .jsonl of messages, or instruction data of the hub; only the answers count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+Piece = tuple[str, bool]
+"""Text, and whether its tokens' predictions count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one side says at once."""
+
+    role: str
+    """system, user or assistant."""
+    content: str
+
+
+Chat = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _HubChats:
+    path: str
+    split: str = "train"
+
+
+_HUB = {
+    "openorca": _HubChats("Open-Orca/OpenOrca"),
+    "openhermes-2.5": _HubChats("teknium/OpenHermes-2.5"),
+    "dolly-15k": _HubChats("databricks/databricks-dolly-15k"),
+    "wildchat-1m": _HubChats("allenai/WildChat-1M"),
+    "lmsys-chat-1m": _HubChats("lmsys/lmsys-chat-1m"),
+    "ultrachat-200k": _HubChats("HuggingFaceH4/ultrachat_200k", "train_sft"),
+    "ultrainteract": _HubChats("openbmb/UltraInteract_sft"),
+    "alpaca-cleaned": _HubChats("yahma/alpaca-cleaned"),
+    "openo1": _HubChats("O1-OPEN/OpenO1-SFT"),
+}
+"""Conversations of the hub by name: the nine sets that Adapt-Accel (arXiv:2502.03460) trains on."""
+
+_TURNS = ("messages", "conversation", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant"}
+_QUESTIONS, _CONTEXTS, _ANSWERS = ("instruction", "question"), ("input", "context"), ("output", "response")
+
+
+def known_chats() -> tuple[str, ...]:
+    """Conversations that have a name."""
+    return tuple(_HUB)
+
+
+def is_chats(source: str) -> bool:
+    """Whether a source holds conversations: a known name, or a .jsonl whose first row has ``messages``."""
+    if source in _HUB:
+        return True
+    if Path(source).suffix != ".jsonl" or not Path(source).is_file():
+        return False
+    with Path(source).open(encoding="utf-8") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    return '"messages"' in first
+
+
+def load_chats(source: str, most: int) -> Iterator[Chat]:
+    """At most ``most`` conversations of a source that ``is_chats``.
+
+    Raises:
+        UserError: a line is not a conversation, or the hub is out of reach.
+    """
+    return islice(_from_hub(source) if source in _HUB else _from_file(Path(source)), most)
+
+
+def pieces(chat: Chat, tokenizer: Any) -> list[Piece]:
+    """A conversation as text in the tokenizer's own chat format, cut where answers begin and end.
+
+    A tokenizer without a format gets "Role: text" lines.
+    """
+    found: list[Piece] = []
+    told = ""
+    for i, message in enumerate(chat):
+        answer = message.role == "assistant"
+        if answer:  # the words that announce an answer belong to the question
+            prompt = _rendered(chat[:i], tokenizer, prompt=True)
+            found.append((prompt.removeprefix(told), False))
+            told = prompt
+        whole = _rendered(chat[: i + 1], tokenizer, prompt=False)
+        found.append((whole.removeprefix(told), answer))
+        told = whole
+    return [(text, counts) for text, counts in found if text]
+
+
+def _rendered(chat: Chat, tokenizer: Any, *, prompt: bool) -> str:
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": message.role, "content": message.content} for message in chat]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return text
+    lines = "".join(f"{message.role.capitalize()}: {message.content}\n\n" for message in chat)
+    return f"{lines}Assistant: " if prompt else lines
+
+
+def _from_file(path: Path) -> Iterator[Chat]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield tuple(_turn(message) for message in json.loads(line)["messages"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"line {number} of {str(path)!r} is no conversation ({type(error).__name__}: {error}); write "
+                    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+                ) from error
+
+
+def _from_hub(name: str) -> Iterator[Chat]:
+    import datasets
+
+    source = _HUB[name]
+    try:
+        for row in datasets.load_dataset(source.path, split=source.split, streaming=True):
+            yield chat_of(row)
+    except OSError as error:
+        raise UserError(
+            f"the conversations {name!r} ({source.path} on the hub) cannot be reached: {type(error).__name__}; connect "
+            "to the hub (some sets ask to accept their terms and `hf auth login`), or give a .jsonl of messages"
+        ) from error
+
+
+def chat_of(row: Mapping[str, Any]) -> Chat:
+    """A row of any of the sets: a list of turns, or an instruction with its answer.
+
+    Raises:
+        KeyError: it is neither.
+    """
+    for turns in _TURNS:
+        if turns in row:
+            return tuple(_turn(turn) for turn in row[turns])
+    system = [Message("system", row["system_prompt"])] if row.get("system_prompt") else []
+    asked = [str(row[key]) for keys in (_QUESTIONS, _CONTEXTS) for key in keys if row.get(key)]
+    answer = next(str(row[key]) for key in _ANSWERS if key in row)
+    return (*system, Message("user", "\n\n".join(asked)), Message("assistant", answer))
+
+
+def _turn(turn: Mapping[str, Any]) -> Message:
+    role = str(turn.get("role") or turn["from"])
+    return Message(_ROLES.get(role, role), str(turn["content"] if "content" in turn else turn["value"]))
