@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from harness.budget import ParameterTarget
-from harness.records import CalibrationSpec, Dtype, LayerWidths, ModelRef, ParamCounts, RunRecord
+from harness.records import CalibrationSpec, Dtype, LayerWidths, ModelRef, ParamCounts, RunRecord, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Origin:
     """None for methods that look at no data."""
     weights_sha256: str
     """Of the dense checkpoint."""
+    training: TrainingSpec | None = None
+    """How it was trained after pruning or between its steps; None where it was not."""
 
     def is_that_of(self, record: RunRecord) -> bool:
         """Whether a scored run pruned the same weights in the same way."""
@@ -36,6 +38,7 @@ class Origin:
             and record.provenance.weights_sha256 == self.weights_sha256
             and (spec.method, spec.method_params, spec.seed, spec.dtype, spec.calibration)
             == (self.method, self.params, self.seed, self.dtype, self.calibration)
+            and spec.recovery == self.training
             and (spec.sparsity, spec.basis) == (self.target.sparsity, self.target.basis)
             and (spec.round_to or 1, bool(spec.uniform)) == (self.target.round_to, self.target.uniform)
         )
@@ -112,6 +115,9 @@ def _settings(origin: Origin, outcome: Outcome) -> str:
     }
     lines = [f"## Settings of {origin.method}", ""]
     lines += [f"- {name}: {value}" for name, value in {**asked, **origin.params}.items()]
+    if origin.training is not None:
+        lines += ["", "Training:", ""]
+        lines += [f"- {name}: {value}" for name, value in origin.training.model_dump(mode="json").items()]
     if outcome.knob:
         lines += ["", "Solved for the counted size:", ""]
         lines += [f"- {name}: {value:g}" for name, value in outcome.knob.items()]

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import lookups
+from harness.accel_command import accel
 from harness.errors import UserError
 from harness.options import (
     BasisName,
@@ -32,6 +33,8 @@ from harness.options import (
     RoundTo,
     Stream,
     Tasks,
+    TrainingSettings,
+    TrainingText,
     Uniform,
 )
 
@@ -79,6 +82,14 @@ def compare(
     efficiency: Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")] = True,
     set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
+    recovery: Annotated[
+        str, typer.Option(help="Comma-separated trainings after pruning: none, lora, full; a table for each.")
+    ] = "none",
+    recovery_tokens: Annotated[
+        str, typer.Option(help="Tokens every pruned model is trained on, such as 200k.")
+    ] = "100k",
+    recovery_text: TrainingText = "reading",
+    train: TrainingSettings = [],  # noqa: B006
     round_to: RoundTo = None,
     uniform: Uniform = False,
     dtype: DtypeName = "float32",
@@ -240,6 +251,7 @@ def prune(
     ),
 ) -> None:
     """Prune one model and save it as a folder that from_pretrained loads."""
+    from harness.parsing import one_of
     from harness.request import (
         BASES,
         calibration_spec,
@@ -247,7 +259,6 @@ def prune(
         model_ref,
         one_device,
         one_multiple,
-        one_of,
         one_sparsity,
         settings_of,
     )
@@ -328,7 +339,8 @@ def export(
 ) -> None:
     """Write a model, pruned or not, as a file for another program."""
     from harness.export import FORMATS, PRECISIONS
-    from harness.request import model_ref, one_of
+    from harness.parsing import one_of
+    from harness.request import model_ref
     from harness.steps import export_model
 
     one_of("format", format_, FORMATS)
@@ -375,6 +387,7 @@ def verify(
     sys.exit(1 if any(result.disagreements for result in results) else 0)
 
 
+app.command()(accel)
 for _command in (lookups.models, lookups.doctor, lookups.tasks, lookups.texts):
     app.command()(_command)
 

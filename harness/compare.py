@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from harness.cost import CostRequest, CostUnknownError, ScoringCost, describe_cost
-from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, EvaluationSpec, ModelRef, RunSpec
+from harness.records import (
+    Basis,
+    CalibrationSpec,
+    Dtype,
+    EfficiencySpec,
+    EvaluationSpec,
+    ModelRef,
+    RunSpec,
+    TrainingSpec,
+)
 from harness.registry import build_method
 from harness.report import Leaderboard, build_leaderboard
-from harness.runner import CACHE, Event, Track
 from harness.store import Store
+from harness.track import CACHE, Event, Track
+
+if TYPE_CHECKING:
+    from harness.method import PruningMethod
 
 
 class Comparison(BaseModel):
@@ -33,6 +45,8 @@ class Comparison(BaseModel):
     evaluation: EvaluationSpec
     efficiency: EfficiencySpec | None = None
     """None does not measure what running the models costs."""
+    recoveries: tuple[TrainingSpec | None, ...] = (None,)
+    """Tracks: every method is compared under each of these trainings; None is pruning alone."""
     round_to: int | None = None
     uniform: Literal[True] | None = None
 
@@ -53,28 +67,45 @@ def expand(comparison: Comparison) -> list[list[RunSpec]]:
     Settings that cannot change a method's numbers are left out of its specs, so that a dense model is scored once
     however many seeds and calibrations are compared.
     """
-    specs = []
+    specs: list[RunSpec] = []
     for model in comparison.models:
-        for name in comparison.methods:
-            method = build_method(name, comparison.method_params.get(name))
-            for seed in comparison.seeds if method.needs_seed else comparison.seeds[:1]:
-                for sparsity in sorted(set(comparison.sparsities)) if name != "dense" else (0.0,):
-                    spec = RunSpec(
-                        model=model,
-                        method=name,
-                        method_params=method.model_dump(mode="json"),
-                        sparsity=sparsity,
-                        basis=comparison.basis if name != "dense" else "total",
-                        seed=seed if method.needs_seed else 0,
-                        dtype=comparison.dtype,
-                        calibration=comparison.calibration if method.needs_calibration else None,
-                        evaluation=comparison.evaluation,
-                        efficiency=comparison.efficiency,
-                        round_to=comparison.round_to if name != "dense" else None,
-                        uniform=comparison.uniform if name != "dense" else None,
-                    )
-                    specs.append(spec)
+        for recovery in comparison.recoveries:
+            for name in comparison.methods:
+                specs += _specs_of(comparison, model, name, recovery)
     return tracks_of(specs)
+
+
+def competes(method: PruningMethod, recovery: TrainingSpec | None) -> bool:
+    """Whether a method has a row under a training: dense has none, what trains itself only one of all weights."""
+    if method.trains:
+        return recovery is not None and recovery.mode == "full"
+    return recovery is None or method.name != "dense"
+
+
+def _specs_of(comparison: Comparison, model: ModelRef, name: str, recovery: TrainingSpec | None) -> Iterator[RunSpec]:
+    """The runs of one method under one training."""
+    method = build_method(name, comparison.method_params.get(name))
+    if not competes(method, recovery):
+        return
+    prunes = name != "dense"
+    varies = method.needs_seed or recovery is not None  # the seed orders the training text too
+    for seed in comparison.seeds if varies else comparison.seeds[:1]:
+        for sparsity in sorted(set(comparison.sparsities)) if prunes else (0.0,):
+            yield RunSpec(
+                model=model,
+                method=name,
+                method_params=method.model_dump(mode="json"),
+                sparsity=sparsity,
+                basis=comparison.basis if prunes else "total",
+                seed=seed if varies else 0,
+                dtype=comparison.dtype,
+                calibration=comparison.calibration if method.needs_calibration else None,
+                evaluation=comparison.evaluation,
+                efficiency=comparison.efficiency,
+                recovery=None if recovery is None else recovery.model_copy(update={"seed": seed}),
+                round_to=comparison.round_to if prunes else None,
+                uniform=comparison.uniform if prunes else None,
+            )
 
 
 def tracks_of(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:

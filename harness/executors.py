@@ -14,8 +14,8 @@ from harness.cost import CostRequest, CostUnknownError, ScoringCost
 from harness.durable import write_file
 from harness.errors import UserError
 from harness.records import RunRecord
-from harness.runner import Event, Track
 from harness.store import Store
+from harness.track import Event, Track
 
 # What libraries print is in the track's log; they have nothing to say on the terminal.
 QUIET = {

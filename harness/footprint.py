@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from harness.models.streaming import STREAMED_TOKENS
 from harness.records import ParamCounts
 from harness.structure import CoupledGroup, ModelStructure
+from harness.token_loss import LOGIT_TOKENS
 
 PROCESS_BYTES = 450 * 2**20
 """Python, torch and transformers before a model is loaded; measured (resident, CPU build of torch 2.13)."""
@@ -109,6 +110,20 @@ class Footprint:
         inputs = self.calibration_tokens * (layers or self.structure.num_layers) * self.structure.hidden_size
         activations = min(STREAMED_TOKENS * tokens, self.calibration_tokens) * self.layer_floats(1)
         return inputs * self.bytes_per_weight + activations * width + logits
+
+    def training_bytes(self, micro_batch_tokens: int, *, checkpointing: bool, teacher: bool) -> int:
+        """Training every weight in float32: weights, gradients and AdamW's two moments, and one micro-batch.
+
+        Args:
+            micro_batch_tokens: run at once.
+            checkpointing: whether layers keep their inputs alone, and compute the rest again.
+            teacher: whether a dense model gives logits beside it.
+        """
+        inputs = self.structure.num_layers * self.structure.hidden_size
+        floats = inputs + self.layer_floats(1) if checkpointing else self.layer_floats()
+        logits = 3 * LOGIT_TOKENS * self.vocab_size * 4
+        dense = self.weight_bytes * teacher
+        return PROCESS_BYTES + 16 * self.params.total + 4 * micro_batch_tokens * floats + logits + dense
 
     def scoring_bytes(self, batch_tokens: int, *, copy: bool = True) -> int:
         """Everything held while a model is scored; the dense one waits beside a pruned ``copy`` for the next target."""

@@ -14,9 +14,11 @@ from harness.budget import ParameterTarget
 from harness.footprint import Footprint
 from harness.models import LoadedModel
 from harness.structure import KeepPlan, ModelStructure
+from harness.training.session import Session
 
 __all__ = [
     "Footprint",
+    "InterleavedMethod",
     "LoadedModel",
     "ParameterTarget",
     "PrunedModel",
@@ -53,6 +55,8 @@ class PruningMethod(BaseModel, ABC):
     """Whether calibration tokens can change the result."""
     needs_seed: ClassVar[bool] = True
     """Whether the seed can: through calibration drawn with it, or through random choices of the method's own."""
+    trains: ClassVar[bool] = False
+    """Whether the method trains between its steps (``InterleavedMethod``)."""
     tolerance: ClassVar[float] = 0.0005
     """How far above its target a model may end, as a fraction of the dense parameters."""
 
@@ -108,4 +112,31 @@ class ReimplementedMethod(PruningMethod):
             calibration: token ids, int64 [num_samples, num_tokens].
             knob: the ratio that the published code is called with, in (0, 1).
             seed: for every random choice.
+        """
+
+
+class InterleavedMethod(PruningMethod):
+    """A method that trains between its pruning steps, where the others are trained after the last one.
+
+    ``prune`` is the same course without the training.
+    """
+
+    trains: ClassVar[bool] = True
+
+    @abstractmethod
+    def prune_and_train(
+        self, loaded: LoadedModel, calibration: Tensor, target: ParameterTarget, seed: int, session: Session
+    ) -> PrunedModel:
+        """One smaller, trained model; goes on from the session's checkpoint where it has one.
+
+        Args:
+            loaded: the dense model, left as it is.
+            calibration: token ids, int64 [num_samples, num_tokens], without padding.
+            target: where the last round ends.
+            seed: for every random choice of the pruning.
+            session: trains; its settings say on how many tokens in all.
+
+        Raises:
+            UnreachableSparsityError: the model has less to give than the target asks.
+            TrainingDivergedError: a loss is not finite.
         """

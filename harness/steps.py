@@ -81,7 +81,7 @@ def prune_and_save(
     origin = Origin(
         model, method, asked, target, seed if competitor.needs_seed else 0, dtype, used, loaded.weights_sha256
     )
-    outcome = _outcome(pruned, after)
+    outcome = outcome_of(pruned, after)
     card = model_card(origin, outcome, matching(on_record, origin, outcome))
     save_model(pruned.model, loaded.tokenizer, out, card)
     return SavedModel(loaded.params, after, target.params, outcome.class_name)
@@ -153,7 +153,8 @@ def export_model(model: ModelRef, precision: str, out: Path) -> Exported:
     return export_gguf(loaded.model, loaded.tokenizer, out, name=Path(model.name).name, precision=precision)
 
 
-def _outcome(pruned: PrunedModel, params: ParamCounts) -> Outcome:
+def outcome_of(pruned: PrunedModel, params: ParamCounts) -> Outcome:
+    """What pruning gave, for the card."""
     return Outcome(
         params=params,
         layers=layer_widths(describe(pruned.model)),

@@ -22,17 +22,19 @@ class Shape:
     tied: bool
     layer_repeats: int = 1
     """Times in a row that each layer is applied."""
+    architecture: Literal["llama", "qwen2"] = "llama"
+    """qwen2 has biases on queries, keys and values."""
 
     @property
     def num_params(self) -> int:
-        """Parameters of a Llama without biases, tied ones once."""
-        h, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        attention = 2 * h * self.num_attention_heads * self.head_dim + 2 * h * kv
+        """Parameters, tied ones once."""
+        h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = 2 * h * q + 2 * h * kv + (q + 2 * kv if self.architecture == "qwen2" else 0)
         layer = attention + 3 * h * self.intermediate_size + 2 * h
         return (1 if self.tied else 2) * self.vocab_size * h + self.num_hidden_layers * layer + h
 
     def config_values(self) -> dict[str, Any]:
-        """Keys of a Llama configuration that counts every application of a layer."""
+        """Keys of a configuration that counts every application of a layer."""
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
                  "head_dim", "layer_repeats")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
@@ -96,4 +98,12 @@ CATALOG: dict[str, CatalogEntry] = {
     "mobilellm-600m": _mobilellm("600M", 1152, 3072, 40, 18, 6),
     "mobilellm-1b": _mobilellm("1B", 1280, 3584, 54, 20, 5),
     "mobilellm-1.5b": _mobilellm("1.5B", 1600, 4352, 54, 25, 5),
+    "qwen2.5-0.5b": CatalogEntry(
+        "Qwen/Qwen2.5-0.5B", Shape(151_936, 896, 4864, 24, 14, 2, 64, tied=True, architecture="qwen2"), "Apache-2.0"
+    ),
+    "deepseek-r1-qwen-1.5b": CatalogEntry(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        Shape(151_936, 1536, 8960, 28, 12, 2, 128, tied=False, architecture="qwen2"),
+        "MIT",
+    ),
 }

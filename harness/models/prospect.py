@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from harness.errors import UserError
 from harness.models import mobilellm
@@ -63,7 +63,8 @@ def is_downloaded(hub_id: str) -> bool:
 
 
 def _listed(entry: CatalogEntry, hub_id: str, ref: ModelRef) -> Prospect:
-    config: PreTrainedConfig = LlamaConfig(**entry.shape.config_values())
+    config_class = Qwen2Config if entry.shape.architecture == "qwen2" else LlamaConfig
+    config: PreTrainedConfig = config_class(**entry.shape.config_values())
     if entry.shape.layer_repeats > 1:
         config = pruned_form(config)
     stored = 0 if is_downloaded(hub_id) else BYTES_PER_WEIGHT[entry.stored_dtype]

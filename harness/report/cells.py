@@ -66,6 +66,8 @@ def layout(frame: pd.DataFrame, tasks: Sequence[str], ppl_heading: str) -> list[
         *((task, "tasks", _percent_of(task)) for task in tasks),
         ("prune s", "size and cost", lambda line: _number(line["prune_seconds"], 1)),
         ("prune peak GiB", "size and cost", lambda line: _number(line["prune_peak_bytes"], _GIB, 2)),
+        ("train s", "size and cost", lambda line: _number(line["train_seconds"], 1)),
+        ("train peak GiB", "size and cost", lambda line: _number(line["train_peak_bytes"], _GIB, 2)),
         ("eval s", "size and cost", lambda line: _number(line["eval_seconds"], 1)),
         ("knob", "size and cost", _knob),
         *((heading, "efficiency", write) for heading, write in efficiency_cells()),

@@ -28,12 +28,13 @@ _TRAILING = (
     "prune_seconds", "prune_peak_bytes", "eval_seconds", "run_ids",
 )  # fmt: skip
 _FURTHER = (
+    "recovery", "recovery_tokens", "train_seconds", "train_peak_bytes",
     "settings", "reason", "best_or_tied", "p_vs_best", "commonsense_tasks", "commonsense_spread", "delta_ci_low",
     "delta_ci_high", "delta_p", "mmlu_ci_low", "mmlu_ci_high", "ppl_word", "kl_dense", "kl_dense_ci_low",
     "kl_dense_ci_high", "margin", "margin_ci_low", "margin_ci_high", "margin_delta", "margin_delta_ci_low",
     "margin_delta_ci_high", "eval_peak_bytes", "seed_values", "dtype", "knob", "tied_embeddings",
 )  # fmt: skip
-_COUNTS = ("params_total", "seeds", "prune_peak_bytes", "eval_peak_bytes")
+_COUNTS = ("params_total", "seeds", "recovery_tokens", "prune_peak_bytes", "train_peak_bytes", "eval_peak_bytes")
 
 Line = dict[str, Any]
 
@@ -46,14 +47,15 @@ def task_columns(rows: Sequence[Row]) -> list[str]:
 
 
 def order_rows(rows: Iterable[Row], scores: Mapping[Row, RowScores]) -> list[Row]:
-    """By precision (float32 first), model, sparsity, basis; with scores first, by contest, average from high to low."""
+    """By precision (float32 first), training (none first), model, sparsity, basis; then, scored rows first, by contest
+    and average from high to low."""
 
     def order(row: Row) -> tuple[object, ...]:
         found = scores.get(row, RowScores()).average
         average = round(found.value, 12) if found else float("-inf")
         spec = row.spec
         within = (row.status != "ok", not row.is_reference, row.contest, -average, spec.method, row.settings)
-        return spec.dtype != "float32", spec.dtype, spec.model.name, spec.sparsity, spec.basis, *within
+        return spec.dtype != "float32", spec.dtype, row.training, spec.model.name, spec.sparsity, spec.basis, *within
 
     return sorted(rows, key=order)
 
@@ -82,6 +84,8 @@ def _line(row: Row, scores: RowScores, tasks: Sequence[str]) -> Line:
         "target_sparsity": spec.sparsity,
         "basis": spec.basis,
         "dtype": spec.dtype,
+        "recovery": spec.recovery.mode if spec.recovery else "none",
+        "recovery_tokens": spec.recovery.tokens if spec.recovery else None,
         "status": row.status,
         "seeds": len(row.records),
         "seed_values": " ".join(str(record.spec.seed) for record in row.records),
@@ -121,7 +125,7 @@ def _knob(records: Sequence[RunRecord]) -> str | None:
 
 def _costs(row: Row) -> Line:
     line: Line = {}
-    for phase, name in (("prune", "prune"), ("evaluate", "eval")):
+    for phase, name in (("prune", "prune"), ("train", "train"), ("evaluate", "eval")):
         line[f"{name}_seconds"] = _mean(r.phase_seconds[phase] for r in row.records if phase in r.phase_seconds)
         line[f"{name}_peak_bytes"] = max(
             (r.peak_bytes[phase] for r in row.records if phase in r.peak_bytes), default=None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from harness.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The rows of one precision."""
+    """The rows of one precision that were trained alike."""
 
     heading: str
     """Names it; empty where there is only one."""
@@ -48,7 +48,7 @@ class Leaderboard:
     frame: pd.DataFrame
     """The CSV file: see `harness.report.frame`."""
     sections: tuple[Section, ...]
-    """The same for people, one table per precision: scores of different ones do not compare."""
+    """The same for people, one table per precision and training: scores of different ones do not compare."""
     notes: tuple[str, ...]
     store: Store = field(repr=False)
     rows: tuple[Row, ...] = field(repr=False)
@@ -135,17 +135,36 @@ def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, comman
     for contest in contests(rows):
         scores |= score_contest(store, contest, dense.get(contest[0].reference))
     rows = order_rows(rows, scores)
-    parts = {
-        dtype: [row for row in rows if row.spec.dtype == dtype] for dtype in dict.fromkeys(r.spec.dtype for r in rows)
-    }
+    parts: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        parts.setdefault((row.spec.dtype, row.training), []).append(row)
     tasks = task_columns(rows)
-    frames = {dtype: build_frame(part, scores, tasks) for dtype, part in parts.items()}
+    frames = {key: build_frame(part, scores, tasks) for key, part in parts.items()}
+    headings = _headings(parts)
     sections = [
-        Section(f"Weights in {dtype}" if len(parts) > 1 else "", tuple(layout(frame, tasks, ppl_heading(parts[dtype]))))
-        for dtype, frame in frames.items()
+        Section(headings[key], tuple(layout(frame, tasks, ppl_heading(parts[key])))) for key, frame in frames.items()
     ]
     frame = pd.concat(frames.values(), ignore_index=True) if len(frames) > 1 else next(iter(frames.values()))
     return Leaderboard(frame, tuple(sections), tuple(notes(rows, scores, command)), store, tuple(rows))
+
+
+def _headings(parts: Mapping[tuple[str, str], list[Row]]) -> dict[tuple[str, str], str]:
+    """What tells the sections apart; nothing where there is only one, without training."""
+    dtypes, trainings = ({key[i] for key in parts} for i in (0, 1))
+    headings = {}
+    for key, rows in parts.items():
+        told = [f"Weights in {key[0]}"] if len(dtypes) > 1 else []
+        headings[key] = ", ".join([*told, _training(rows[0])] if trainings != {""} else told)
+    return headings
+
+
+def _training(row: Row) -> str:
+    recovery = row.spec.recovery
+    if recovery is None:
+        return "Without training"
+    how = "Full training" if recovery.mode == "full" else f"Low-rank training (rank {recovery.lora_rank})"
+    distilled = ", distilled from dense" if recovery.distillation else ""
+    return f"{how} on {recovery.tokens:,} tokens of {recovery.source}, rate {recovery.learning_rate:g}{distilled}"
 
 
 def _markdown(cell: Cell) -> str:

@@ -15,6 +15,8 @@ REFERENCE_METHOD = "dense"
 """The method whose rows the others are measured against, and which does not compete."""
 
 _LONGEST_SETTING = 40
+_SEEDS: Any = {"seed": True, "recovery": {"seed"}}
+"""What the runs of one row differ in."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +25,7 @@ class Row:
 
     records: tuple[RunRecord, ...]
     contest: str
-    """Equal for rows that compete: the same model, weights, precision, target and documents."""
+    """Equal for rows that compete: the same model, weights, precision, target, training and documents."""
     reference: str
     """Equal for rows whose scores may be subtracted: the same model, weights, precision and documents."""
     settings: str = ""
@@ -33,6 +35,12 @@ class Row:
     def spec(self) -> RunSpec:
         """Of the first seed."""
         return self.records[0].spec
+
+    @property
+    def training(self) -> str:
+        """Equal for rows that were trained alike; empty for those that were not."""
+        recovery = self.spec.recovery
+        return "" if recovery is None else recovery.model_dump_json(exclude={"seed"})
 
     @property
     def status(self) -> Status:
@@ -49,7 +57,7 @@ def group_rows(records: Iterable[RunRecord]) -> list[Row]:
     """One row per set of runs that differ only in their seed; rows that would look alike get their ``settings``."""
     groups: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        spec = record.spec.model_dump(mode="json", exclude={"seed"})
+        spec = record.spec.model_dump(mode="json", exclude=_SEEDS)
         groups[_key(spec, record.status, *_origin(record.provenance))].append(record)
     rows = [_row(sorted(group, key=lambda record: record.spec.seed)) for group in groups.values()]
     return _with_settings(rows)
@@ -82,7 +90,8 @@ def _row(records: list[RunRecord]) -> Row:
     spec = records[0].spec
     origin = _origin(records[0].provenance)
     reference = _key(spec.model_dump(mode="json", include={"model", "dtype", "evaluation"}), *origin)
-    return Row(tuple(records), contest=f"{reference} {spec.sparsity} {spec.basis}", reference=reference)
+    recovery = spec.model_dump_json(include={"recovery"}, exclude=_SEEDS)
+    return Row(tuple(records), contest=f"{reference} {spec.sparsity} {spec.basis} {recovery}", reference=reference)
 
 
 def _key(*parts: object) -> str:
@@ -101,7 +110,7 @@ def _fingerprints(row: Row) -> dict[str, str] | None:
 def _with_settings(rows: Sequence[Row]) -> list[Row]:
     alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        alike[row.spec.model.name, row.spec.method, row.spec.sparsity, row.spec.basis].append(row)
+        alike[row.spec.model.name, row.spec.method, row.spec.sparsity, row.spec.basis, row.training].append(row)
     settings: dict[Row, str] = {}
     for group in alike.values():
         settings |= dict(zip(group, _settings(group), strict=True))
@@ -111,7 +120,7 @@ def _with_settings(rows: Sequence[Row]) -> list[Row]:
 def _settings(group: Sequence[Row]) -> list[str]:
     if len(group) == 1:
         return [""]
-    told = {"seed", "method", "sparsity", "basis"}
+    told = {"seed", "method", "sparsity", "basis", "recovery"}
     flat = [flatten(row.spec.model_dump(mode="json", exclude=told)) for row in group]
     origins = [dict(zip(("weights", "data"), _origin(row.records[0].provenance), strict=True)) for row in group]
     return _differences(flat, origins)

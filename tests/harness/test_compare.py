@@ -11,8 +11,8 @@ from harness.compare import Comparison, compare, expand
 from harness.cost import CostRequest, ScoringCost
 from harness.executors import LocalExecutor
 from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, ParamCounts, RunRecord
-from harness.runner import Event, Track
 from harness.store import Store
+from harness.track import Event, Track
 
 EVALUATION = EvaluationSpec(tasks=("arc_easy",), limit=2, heldout_tokens=64, heldout_length=32)
 

@@ -31,6 +31,10 @@ FLAGS: dict[str, Any] = {
     "efficiency": True,
     "stream": False,
     "set_": [],
+    "recovery": "none",
+    "recovery_tokens": "100k",
+    "recovery_text": "reading",
+    "train": [],
     "config": None,
     "dtype": "float32",
     "round_to": None,
@@ -54,7 +58,8 @@ def test_defaults_compare_every_method_on_the_embedded_model() -> None:
 
 
 def test_quick_profile_keeps_adapt_pruners_steps_affordable_unless_told_otherwise() -> None:
-    assert comparison_from(FLAGS, (), None).method_params == {"adapt-pruner": {"samples_per_step": 8}}
+    for method in ("adapt-pruner", "adapt-accel"):
+        assert comparison_from(FLAGS, (), None).method_params[method] == {"samples_per_step": 8}
     told = {**FLAGS, "set_": ["adapt-pruner.samples_per_step=16"]}
     assert comparison_from(told, {"set_"}, None).method_params["adapt-pruner"] == {"samples_per_step": 16}
     assert comparison_from({**FLAGS, "profile": "standard"}, (), None).method_params == {}
@@ -161,3 +166,30 @@ def test_settings_may_leave_the_method_out() -> None:
 
 def test_sparsity_zero_is_allowed() -> None:
     assert one_sparsity("0") == 0.0
+
+
+def test_trainings_are_alike_but_for_what_learns_and_its_rate() -> None:
+    flags = {**FLAGS, "recovery": "none,lora,full", "recovery_tokens": "1.5k", "train": ["context_length=64"]}
+    none, lora, full = comparison_from(flags, (), None).recoveries
+    assert none is None
+    assert lora is not None
+    assert full is not None
+    assert (lora.mode, lora.tokens, lora.learning_rate, lora.context_length) == ("lora", 1500, 1e-4, 64)
+    assert full == lora.model_copy(update={"mode": "full", "learning_rate": 2e-5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recovery": "some"}, "recovery 'some' is not known; pass one of none, lora, full"),
+        ({"recovery": "full", "recovery_tokens": "lots"}, "'lots' is not a number of tokens; pass one such as 200k"),
+        ({"recovery": "full", "train": ["rate=1"]}, "unknown training setting 'rate'"),
+        ({"recovery": "full", "train": ["learning_rate"]}, "is not of the form setting=value"),
+        ({"recovery": "full", "train": ["learning_rate=-1"]}, "learning_rate = -1 is not allowed"),
+        ({"methods": "adapt-accel"}, "adapt-accel trains between its pruning steps"),
+        ({"methods": "adapt-accel", "recovery": "lora"}, "add --recovery full"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        comparison_from({**FLAGS, **changes}, (), None)
