@@ -31,6 +31,10 @@ class AttentionNotCoveredError(Exception):
     """The model asks attention for something that the forest attention does not do; the message says what."""
 
 
+class AttentionDone(Exception):  # noqa: N818 (a signal, not an error)
+    """The attention output that a layer was run for is known; the rest of the layer need not run."""
+
+
 @dataclass(frozen=True, slots=True)
 class _GroupTensors:
     queries: Tensor
@@ -61,13 +65,33 @@ class ChunkAttention:
     carried: dict[Place, tuple[Tensor, Tensor]]
     """Keys and values of the path to the chunk's first token, each [carried, G, D]."""
     carry_out: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    wanted: Tensor | None = None
+    """int64: the next layer to attend stops after its attention, whose output at these tokens is kept in ``known``."""
+    known: Tensor | None = None
+    """The answer to the next call, whatever it asks."""
     _calls: Counter[nn.Module] = field(default_factory=Counter)
     _groups: dict[tuple[torch.device, torch.dtype], list[_GroupTensors]] = field(default_factory=dict)
     _out: dict[torch.device, Tensor] = field(default_factory=dict)
     _unpad: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def attend(self, module: nn.Module, query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, scale: float) -> Tensor:
-        """Attention output ``[T, H, D]`` of the chunk's tokens."""
+        """Attention output ``[T, H, D]`` of the chunk's tokens.
+
+        Raises:
+            AttentionDone: some tokens' output was ``wanted``; it is ``known`` now.
+        """
+        if self.known is not None:
+            known, self.known = self.known, None
+            return known
+        out_THD = self._attended(module, query_HTD, key_GTD, value_GTD, scale)
+        if self.wanted is not None:
+            self.known, self.wanted = out_THD.index_select(0, self.wanted.to(out_THD.device)), None
+            raise AttentionDone
+        return out_THD
+
+    def _attended(
+        self, module: nn.Module, query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, scale: float
+    ) -> Tensor:
         query, key, value = (t.transpose(0, 1) for t in (query_HTD, key_GTD, value_GTD))
         place = (module, self._calls[module])
         self._calls[module] += 1

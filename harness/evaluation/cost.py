@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness.cost import CostRequest, ScoringCost
 from harness.errors import UserError
 from harness.evaluation.quiet import quiet, templates_compiled_once
 from harness.evaluation.scorer import TrieScorer
 from harness.evaluation.tasks import build_tasks
-from harness.models.loading import main_device, require_device
+from harness.models.assemble import without_weights
+from harness.models.loading import load_tokenizer, main_device, require_device
+from harness.models.prospect import model_config
 from harness.models.source import checkpoint_folder
 from harness.structure import count_parameters
 
@@ -39,11 +41,9 @@ def scoring_cost(request: CostRequest) -> ScoringCost:
     require_device(main_device(request.device))
     folder = checkpoint_folder(request.model)
     spec, device = request.evaluation, torch.device(main_device(request.device))
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, local_files_only=True), dtype=getattr(torch, request.dtype)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with quiet():
+        model = without_weights(model_config(folder)).to(getattr(torch, request.dtype))
+        tokenizer = load_tokenizer(folder)
     task_set = build_tasks(spec)
     texts: list[tuple[str, str]] = []
     documents: dict[str, int] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from harness.evaluation.attention import ChunkAttention, Place, attending, forest_attention
+from harness.evaluation.attention import AttentionDone, ChunkAttention, Place, attending, forest_attention
 from harness.evaluation.forest import Chunk, Forest, Ints, cut, grow
 from harness.evaluation.head import token_logprobs
 
@@ -65,11 +66,17 @@ def score_tails(
     with torch.no_grad(), forest_attention(model):
         for chunk in cut(forest, batch_tokens):
             attention = ChunkAttention(chunk, carried)
-            hidden_TC = _hidden_states(model, forest, chunk, attention)
             row, token, sequence = targets.within(chunk)
             rows, of_row = np.unique(row, return_inverse=True)
+            # A chunk without scored tokens only hands keys and values on: any one of its tokens will do.
+            scored = _hidden_states(
+                model,
+                forest,
+                chunk,
+                attention,
+                torch.from_numpy(rows) if len(rows) else torch.zeros(1, dtype=torch.int64),
+            )
             if len(rows):
-                scored = hidden_TC[torch.from_numpy(rows).to(hidden_TC.device)]
                 logprob, likeliest = token_logprobs(head, scored, torch.from_numpy(of_row), torch.from_numpy(token))
                 if not torch.isfinite(logprob).all():
                     raise NonFiniteOutputError(_first_non_finite(model, forest, chunk, ChunkAttention(chunk, carried)))
@@ -102,15 +109,60 @@ class _Targets:
         return self.node[first:last] - chunk.start, self.token[first:last], self.sequence[first:last]
 
 
-def _hidden_states(model: PreTrainedModel, forest: Forest, chunk: Chunk, attention: ChunkAttention) -> Tensor:
-    """Last hidden states ``[T, hidden_size]`` of a chunk."""
+def _hidden_states(
+    model: PreTrainedModel, forest: Forest, chunk: Chunk, attention: ChunkAttention, rows: Tensor | None = None
+) -> Tensor:
+    """Last hidden states ``[T, hidden_size]`` of a chunk, or of some of its tokens alone."""
     device = model.get_input_embeddings().weight.device
     token = torch.from_numpy(forest.token[chunk.start : chunk.end]).to(device)
     position = torch.from_numpy(forest.position[chunk.start : chunk.end]).to(device)
-    with attending(attention):
+    last = _last_layer(model) if rows is not None and 2 * len(rows) < len(token) else None
+    short = nullcontext() if last is None or rows is None else _running_on(last, rows, attention)
+    with attending(attention), short:
         out = model.base_model(input_ids=token.unsqueeze(0), position_ids=position.unsqueeze(0), use_cache=False)
-    hidden_BTC: Tensor = out.last_hidden_state
-    return hidden_BTC[0]
+    hidden_TC: Tensor = out.last_hidden_state[0]
+    return hidden_TC if last is not None or rows is None else hidden_TC[rows.to(hidden_TC.device)]
+
+
+def _last_layer(model: PreTrainedModel) -> nn.Module | None:
+    """The last decoder layer, where it runs once a pass and its weights are at hand."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or getattr(model.config, "layer_repeats", 1) > 1 or hasattr(layers[-1], "_hf_hook"):
+        return None
+    last: nn.Module = layers[-1]
+    return last
+
+
+@contextmanager
+def _running_on(last: nn.Module, rows: Tensor, attention: ChunkAttention) -> Iterator[None]:
+    """Within it the last layer gives its output at some tokens alone: the others are only attended to.
+
+    It runs on all tokens as far as its attention, and then, with that attention's output, on those tokens.
+    """
+
+    def before(
+        layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        attention.wanted = rows
+        with suppress(AttentionDone):
+            layer.forward(*given, **named)
+        attention.wanted = None  # a layer without heads does not ask
+        hidden_BTC = given[0] if given else named["hidden_states"]
+        at = rows.to(hidden_BTC.device)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(part) for part in value)
+            per_token = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == hidden_BTC.shape[1]
+            return value.index_select(1, at) if per_token else value
+
+        return cut(given), {name: cut(value) for name, value in named.items()}
+
+    handle = last.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _first_non_finite(model: PreTrainedModel, forest: Forest, chunk: Chunk, attention: ChunkAttention) -> str:

@@ -73,7 +73,7 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu", *, 
             model: Any = stream_checkpoint(folder, getattr(torch, dtype), device)
         else:
             model = read_model(folder, getattr(torch, dtype), "auto" if device == SEVERAL else None)
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or "no message"
         raise UserError(
@@ -105,7 +105,12 @@ def read_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) 
     )
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        Exception: what transformers raises where there is none.
+    """
     if read_config(folder).get("model_type") == mobilellm.MODEL_TYPE:
         return mobilellm.load_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

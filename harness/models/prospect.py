@@ -48,12 +48,12 @@ def prospect(ref: ModelRef) -> Prospect:
         return _listed(entry, entry.hub_id, ref)
     if entry is not None or is_local(ref.name):
         folder = checkpoint_folder(ref)
-        return _seen(f"{folder}", _config(folder), 0, gated=False)
+        return _seen(f"{folder}", model_config(folder), 0, gated=False)
     folder = download(ref.name, ref.revision, only_config=True)
     values = read_config(folder)
     stored = BYTES_PER_WEIGHT.get(str(values.get("dtype", values.get("torch_dtype"))), 4)
-    seen = _seen(ref.name, _config(folder), stored, gated=False)
-    return seen if not is_downloaded(ref.name) else _seen(ref.name, _config(folder), 0, gated=False)
+    seen = _seen(ref.name, model_config(folder), stored, gated=False)
+    return seen if not is_downloaded(ref.name) else _seen(ref.name, model_config(folder), 0, gated=False)
 
 
 def is_downloaded(hub_id: str) -> bool:
@@ -71,7 +71,12 @@ def _listed(entry: CatalogEntry, hub_id: str, ref: ModelRef) -> Prospect:
     return _seen(f"{ref.name} ({hub_id})", config, stored, gated=GATED in entry.note and stored > 0)
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def model_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder's model as it is built here.
+
+    Raises:
+        UserError: it describes none.
+    """
     values = read_config(folder)
     try:
         if values.get("model_type") == mobilellm.MODEL_TYPE:

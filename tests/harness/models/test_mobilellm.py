@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.flap import FLAP
 from harness.budget import ParameterTarget
+from harness.cost import CostRequest
 from harness.errors import UserError
+from harness.evaluation.cost import scoring_cost
 from harness.models import LoadedModel, load_model, remove_units
 from harness.models.saving import save_model
-from harness.records import ModelRef
+from harness.records import EvaluationSpec, ModelRef
 from harness.registry import build_method
 from harness.structure import count_parameters, describe
 
@@ -178,3 +180,13 @@ def test_keys_that_the_configuration_leaves_out_mean_the_125m_model(make_mobilel
     (folder / "config.json").write_text(json.dumps({**values, "num_key_value_heads": 4}))
     with pytest.raises(UserError, match="6 query heads for 4 kv heads"):
         load_model(ModelRef(name=str(folder)))
+
+
+@SHAPES
+def test_what_scoring_will_cost_is_known_beforehand(make_mobilellm: MakeMobileLLM, shape: dict[str, bool]) -> None:
+    folder, state = make_mobilellm(**shape)
+    spec = EvaluationSpec(tasks=("arc_easy",), limit=2, heldout_tokens=64)
+    cost = scoring_cost(CostRequest(model=ModelRef(name=str(folder)), dtype="float32", evaluation=spec))
+    assert cost.params.total == sum(tensor.numel() for tensor in state.values())
+    assert cost.num_tokens > 0
+    assert cost.seconds_per_token > 0
