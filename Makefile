@@ -16,7 +16,7 @@ verify: $(INSTALLED)
 	$(BIN)/harness verify --out docs/fidelity.md
 
 golden: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadscope -m slow tests/baselines tests/adapt_pruner
+	$(BIN)/pytest -n 2 --dist loadscope -m slow tests/baselines tests/adapt_pruner tests/harness/test_cli.py
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp"

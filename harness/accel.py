@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from adapt_pruner.accel import AdaptAccel
 from adapt_pruner.recipes import Recipe, Round, forecast
 from harness.budget import ParameterTarget
@@ -159,7 +161,7 @@ def run_accel(
     calibration = draw_calibration(plan.calibration, loaded.tokenizer, plan.seed, longest)
     session = Session(
         plan.training,
-        training_text(plan.training, loaded.tokenizer, out.parent / f".{out.name}.text"),
+        training_text(plan.training, loaded.tokenizer, user_cache_path("adapt-pruner-harness")),
         teacher=loaded.model if plan.training.distillation else None,
         accelerator=accelerator,
         folder=out.with_name(f"{out.name}.checkpoints"),

@@ -11,7 +11,10 @@ from pydantic import JsonValue
 
 from harness.budget import ParameterTarget
 from harness.calibration import Calibration
+from harness.corpora import load_corpus
 from harness.efficiency import measured
+from harness.evaluation.heldout import measure_heldout
+from harness.evaluation.heldout_text import HeldOutText
 from harness.method import InterleavedMethod, LoadedModel, PrunedModel, PruningMethod
 from harness.records import RunSpec
 from harness.structure import count_parameters
@@ -98,10 +101,13 @@ def _session(context: Context, spec: RunSpec) -> Session | None:
     cache = context.track.out / CACHE
 
     def on_step(log: StepLog, trainer: Trainer) -> None:
-        told = {"done": log.step + 1, "total": trainer.total_steps}
-        context.emit(Event(kind="progress", run_id=spec.run_id, text="training", **told))
+        done, total = log.step + 1, trainer.total_steps
+        context.emit(Event(kind="progress", run_id=spec.run_id, text="training", done=done, total=total))
+        points = trainer.spec.heldout_points
+        if done * points // total > log.step * points // total:
+            session.heldout.append((log.tokens, _heldout_loss(context, spec, trainer.model)))
 
-    return Session(
+    session = Session(
         spec.recovery,
         training_text(spec.recovery, context.loaded.tokenizer, cache),
         teacher=context.loaded.model if spec.recovery.distillation else None,
@@ -109,6 +115,16 @@ def _session(context: Context, spec: RunSpec) -> Session | None:
         key=spec.run_id,
         on_step=on_step,
     )
+    return session
+
+
+def _heldout_loss(context: Context, spec: RunSpec, model: Any) -> float:
+    """Nats per token of the text that the evaluation measures perplexity on."""
+    evaluation = spec.evaluation
+    text = HeldOutText.of(
+        load_corpus("heldout"), context.loaded.tokenizer, evaluation.heldout_tokens, evaluation.heldout_length
+    )
+    return measure_heldout(model, text, batch_tokens=context.track.batch_tokens).loss.value
 
 
 def why_missed(spec: RunSpec, target: ParameterTarget, tolerance: float, model: Any) -> str | None:
@@ -158,4 +174,6 @@ def told_of_training(session: Session | None) -> dict[str, JsonValue]:
         return {}
     every = max(-(-len(session.log) // 100), 1)
     curve: list[JsonValue] = [[log.tokens, round(log.loss, 6)] for log in session.log[::every]]
-    return {"training": {"loss": curve, "steps": len(session.log), "text_sha256": session.text.sha256}}
+    heldout: list[JsonValue] = [[tokens, round(loss, 6)] for tokens, loss in session.heldout]
+    told: dict[str, JsonValue] = {"loss": curve, "steps": len(session.log), "text_sha256": session.text.sha256}
+    return {"training": told | ({"heldout": heldout} if heldout else {})}

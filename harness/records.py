@@ -108,6 +108,8 @@ class TrainingSpec(Frozen):
     """Share of the divergence from the dense model in the loss."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of both distributions in that divergence."""
+    heldout_points: Annotated[int, Field(ge=0)] = 0
+    """Times on the way, the end included, at which the loss on held-out text is measured, for a figure."""
     lora_rank: Annotated[int, Field(ge=1)] = 8
     """Rank of the updates in ``lora`` mode."""
     lora_alpha: Annotated[int, Field(ge=1)] = 16

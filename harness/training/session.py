@@ -36,6 +36,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     log: tuple[StepLog, ...]
+    heldout: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Session:
     on_step: OnStep | None = None
     log: list[StepLog] = field(default_factory=list)
     """Every step of the course, those before an interruption included."""
+    heldout: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens read and the loss on held-out text then; whoever hears of the steps may fill it."""
     _resumed: int = 0
     _last_written: float = field(default_factory=time.monotonic)
 
@@ -95,7 +98,8 @@ class Session:
             kind, _, parameter = name.partition("/")
             moments.setdefault(kind, {})[parameter] = tensor
         log = tuple(StepLog(**entry) for entry in told["log"])
-        return Checkpoint(told["step"], told["place"], load_file(folders[-1] / _WEIGHTS), moments, log)
+        heldout = tuple((tokens, loss) for tokens, loss in told["heldout"])
+        return Checkpoint(told["step"], told["place"], load_file(folders[-1] / _WEIGHTS), moments, log, heldout)
 
     def trainer(self, model: Any, checkpoint: Checkpoint | None = None) -> Trainer:
         """A trainer of the model, which it changes in place.
@@ -107,7 +111,7 @@ class Session:
         trainer = Trainer(model, self.text, self.spec, teacher=self.teacher, accelerator=self.accelerator)
         if checkpoint is not None:
             trainer.restore(checkpoint.step, checkpoint.weights, checkpoint.moments)
-            self.log = list(checkpoint.log)
+            self.log, self.heldout = list(checkpoint.log), list(checkpoint.heldout)
             self._resumed = len(self.log)
         return trainer
 
@@ -143,7 +147,9 @@ class Session:
             return
         fresh = self.folder / f".{uuid.uuid4().hex[:8]}"
         log = [asdict(entry) for entry in self.log]
-        told = {"course": self._course(), "step": trainer.step, "place": dict(place), "log": log}
+        told = {
+            "course": self._course(), "step": trainer.step, "place": dict(place), "log": log, "heldout": self.heldout
+        }  # fmt: skip
         moments = {
             f"{kind}/{name}": tensor.contiguous()
             for kind, of_kind in trainer.optimizer_state().items()

@@ -96,9 +96,12 @@ def _write(folder: Path, documents: list[tuple[Piece, ...]], tokenizer: Any, dig
                     if masked:
                         counts.tofile(scored)
             write_synced(fresh / "text.json", json.dumps({"masked": masked, "sha256": digest}).encode())
-            if not folder.exists():
+            try:
                 fresh.rename(folder)
-                sync_folder(folder.parent)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+            sync_folder(folder.parent)
         finally:
             remove(fresh)
 

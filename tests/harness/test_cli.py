@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from harness.models import LoadedModel
 from harness.records import RunRecord
 from harness.store import Store
 
@@ -32,20 +30,6 @@ SMALL = [
     "arc_easy,winogrande",
 ]
 CALIBRATION = ["--calibration-samples", "4", "--calibration-length", "32"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, smollm2: LoadedModel) -> Path:
-    """A random model with the embedded model's vocabulary, as a folder."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=8, num_attention_heads=6,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("checkpoint")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    smollm2.tokenizer.save_pretrained(folder)
-    return folder
 
 
 def harness(*arguments: str, expect: int = 0) -> str:
@@ -282,3 +266,32 @@ def test_a_streamed_prune_is_a_folder_that_loads(checkpoint: Path, tmp_path: Pat
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert f"{sum(p.numel() for p in model.parameters()):,} of " in told
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_every_method_on_the_same_tokens(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [
+        "compare", "--models", str(checkpoint), "--methods", "flap,slicegpt,adapt-accel", "--sparsities", "0.02",
+        "--recovery", "none,lora,full", "--recovery-tokens", "512", "--train", "context_length=32",
+        "--train", "batch_tokens=128", "--train", "heldout_points=2", "--set", "adapt-accel.rounds=2", *SMALL,
+        *CALIBRATION, "--set", "adapt-accel.samples_per_step=4", "--out", str(tmp_path),
+    ]  # fmt: skip
+    shown = harness(*arguments)
+    assert "Full training on 512 tokens of reading" in shown
+    table = pd.read_csv(tmp_path / "latest" / "leaderboard.csv")
+    assert set(table["status"]) == {"ok", "reference"}
+    assert table.groupby("recovery")["method"].apply(sorted).to_dict() == {
+        "none": ["dense", "flap", "slicegpt"],
+        "lora": ["flap", "slicegpt"],
+        "full": ["adapt-accel", "flap", "slicegpt"],
+    }
+    texts = set()
+    for record in Store(tmp_path).records():
+        if record.spec.recovery is not None:
+            told = record.trace["training"]
+            assert isinstance(told, dict)
+            texts.add(told["text_sha256"])
+            assert [tokens for tokens, _ in told["heldout"]] == [256, 512]
+            assert record.phase_seconds["train"] > 0
+    assert len(texts) == 1
+    assert not list((tmp_path / "cache" / "checkpoints").glob("*"))

@@ -10,7 +10,7 @@ import pytest
 from harness.compare import Comparison, compare, expand
 from harness.cost import CostRequest, ScoringCost
 from harness.executors import LocalExecutor
-from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, ParamCounts, RunRecord
+from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, ParamCounts, RunRecord, TrainingSpec
 from harness.store import Store
 from harness.track import Event, Track
 
@@ -118,3 +118,26 @@ def test_the_cost_is_told_before_anything_runs_and_only_of_what_is_missing(tmp_p
     ]
     compare(comparison("dense", "flap"), store, Recorder(store), lambda _event: None, on_cost=told.append)
     assert len(told) == 1
+
+
+def test_every_training_is_a_round_of_runs_and_leaves_those_without_it_as_they_were() -> None:
+    plain = comparison("dense", "flap", "adapt-accel", seeds=(0, 1))
+    lora, full = (TrainingSpec(tokens=100, mode=mode) for mode in ("lora", "full"))
+    tracks = expand(plain.model_copy(update={"recoveries": (None, lora, full)}))
+    runs = [(s.method, s.seed, s.recovery.mode if s.recovery else None) for track in tracks for s in track[:1]]
+    assert runs == [
+        ("dense", 0, None),
+        ("flap", 0, None),
+        ("flap", 1, None),
+        ("flap", 0, "lora"),
+        ("flap", 1, "lora"),
+        ("flap", 0, "full"),
+        ("flap", 1, "full"),
+        ("adapt-accel", 0, "full"),
+        ("adapt-accel", 1, "full"),
+    ]
+    trained = [s for track in tracks for s in track if s.recovery]
+    assert all(s.recovery.seed == s.seed for s in trained if s.recovery)
+    assert [s.run_id for track in expand(plain) for s in track] == [
+        s.run_id for track in tracks for s in track if s.recovery is None
+    ]

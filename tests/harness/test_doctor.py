@@ -31,6 +31,8 @@ PUBLISHED = {
     "mobilellm-600m": 603_188_352,
     "mobilellm-1b": 1_005_461_760,
     "mobilellm-1.5b": 1_511_188_800,
+    "qwen2.5-0.5b": 494_032_768,
+    "deepseek-r1-qwen-1.5b": 1_777_088_000,
 }
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from harness import statistics
 from harness import store as store_module
 from harness.errors import UserError
-from harness.records import CalibrationSpec, EvaluationSpec, Measure, ModelRef, RunRecord, RunSpec
+from harness.records import CalibrationSpec, EvaluationSpec, Measure, ModelRef, RunRecord, RunSpec, TrainingSpec
 from harness.report import build_leaderboard
 from harness.store import Store
 
@@ -433,3 +433,25 @@ def test_reports_import_neither_torch_nor_transformers_nor_lm_eval() -> None:
     code = "import sys, harness.report, harness.store, harness.statistics; print([m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules])"  # noqa: E501
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_trained_models_stand_in_tables_of_their_own_and_compete_there(store: Store, add_run: Make) -> None:
+    add_run("dense", 0.0, 0.55, calibration=None)
+    for recovery in (None, TrainingSpec(tokens=9000, mode="lora"), TrainingSpec(tokens=9000)):
+        add_run("flap", 0.2, 0.50, recovery=recovery)
+        for seed in (0, 1):
+            trained = recovery.model_copy(update={"seed": seed}) if recovery else None
+            add_run("random", 0.2, 0.25, seed=seed, recovery=trained)
+    leaderboard = build_leaderboard(store)
+    assert [section.heading for section in leaderboard.sections] == [
+        "Without training",
+        "Full training on 9,000 tokens of reading, rate 2e-05",
+        "Low-rank training (rank 8) on 9,000 tokens of reading, rate 2e-05",
+    ]
+    frame = leaderboard.frame[leaderboard.frame["method"].isin(["flap", "random"])]
+    assert frame.groupby("recovery").size().to_dict() == {"none": 2, "full": 2, "lora": 2}
+    assert set(frame.loc[frame["method"] == "random", "seeds"]) == {2}
+    assert set(frame.loc[frame["method"] == "flap", "best_or_tied"]) == {"best"}
+    assert frame["delta_vs_dense"].notna().all()
+    assert frame["settings"].isna().all()
+    assert set(frame.loc[frame["recovery"] != "none", "recovery_tokens"]) == {9000}
