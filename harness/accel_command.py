@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +51,7 @@ def accel(
     from harness.parsing import number_of_tokens
     from harness.request import chosen_dtype, settings_of
 
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes, one speaks
     values = (load_recipe(recipe) if recipe else Recipe()).model_dump(exclude_unset=True)
     if target_sparsity is not None or target_params is not None:
         values |= {"target_sparsity": None, "target_params": None}
@@ -73,6 +75,7 @@ def accel(
             f"{out}: {saved.params_after.total:,} of {saved.params_before.total:,} parameters "
             f"(target {saved.target_params:,}), {saved.class_name}; training.json holds the loss of every step",
             highlight=False,
+            soft_wrap=True,
         )
 
 
