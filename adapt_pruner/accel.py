@@ -67,17 +67,21 @@ class AdaptAccel(AdaptiveSteps, InterleavedMethod):
         """One smaller, trained model; see ``InterleavedMethod.prune_and_train``."""
         self._check(loaded, calibration, target)
         position, trainer, begun = self._resumed(loaded, session)
-        for number, goal in enumerate(self.goals(target)):
-            if number < begun:
-                continue
-            if number > begun or trainer is None:
-                before, position = position, self._pruned_to(goal, position, calibration, seed)
-                trainer = self._trained_on(position, before, trainer, session)
-                session.write(trainer, _place(position, number))
-            ends = round_ends(trainer.total_steps, self.rounds, self.split)
-            session.advance(trainer, ends[number], _place(position, number))
+        if trainer is not None:
+            self._train(session, trainer, position, begun)
+            begun += 1
+        for number, goal in list(enumerate(self.goals(target)))[begun:]:
+            before, position = position, self._pruned_to(goal, position, calibration, seed)
+            trainer = self._trained_on(position, before, trainer, session)
+            session.write(trainer, _place(position, number))
+            self._train(session, trainer, position, number)
         position.model.requires_grad_(False)
         return _answer(position, self.rounds)
+
+    def _train(self, session: Session, trainer: Trainer, position: Position, number: int) -> None:
+        """The steps that are left of a round."""
+        ends = round_ends(trainer.total_steps, self.rounds, self.split)
+        session.advance(trainer, ends[number], _place(position, number))
 
     def goals(self, target: ParameterTarget) -> list[ParameterTarget]:
         """What every round prunes to: equal steps in parameters, the last the target itself."""

@@ -18,7 +18,7 @@ from harness.errors import UserError, unknown_name
 from harness.parsing import read_toml, refused
 from harness.records import TrainingSpec
 from harness.structure import ModelStructure
-from harness.training.schedule import Split, round_ends, shares
+from harness.training.schedule import round_ends, shares
 
 
 class Recipe(BaseModel):
@@ -33,8 +33,6 @@ class Recipe(BaseModel):
     target_params: int | None = None
     """Parameters to keep, instead of ``target_sparsity``."""
     rounds: int = 4
-    split: Split = "linear"
-    """How the rounds share the tokens."""
     tokens: int = 200_000
     """Trained on in all rounds together."""
     text: str = "reading"

@@ -16,15 +16,12 @@ import json
 import os
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
+from scoring import CLOCKS, Side, measured
 from torch.utils.data import Dataset
 from transformers import Trainer as StockTrainer
 from transformers import TrainingArguments
@@ -83,25 +80,6 @@ def ours(model: Any, text: PackedText, spec: TrainingSpec, steps: int) -> Callab
     return run
 
 
-def timed(run: Callable[[], float]) -> tuple[float, int]:
-    """Seconds, and by how many bytes the resident set grew at most."""
-    process, done, grown = psutil.Process(), threading.Event(), [0]
-    before = process.memory_info().rss
-
-    def sample() -> None:
-        while not done.wait(0.02):
-            grown[0] = max(grown[0], process.memory_info().rss - before)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    done.set()
-    sampler.join()
-    return seconds, grown[0]
-
-
 def main() -> None:
     """Run what the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -127,19 +105,22 @@ def main() -> None:
             "trainer": stock(copy.deepcopy(loaded.model), text, spec, options.steps),
             "ours": ours(copy.deepcopy(loaded.model), text, spec, options.steps),
         }
-        found: dict[str, list[tuple[float, int]]] = {name: [] for name in sides}
+        found: dict[str, list[Side]] = {name: [] for name in sides}
         for _ in range(options.turns + 1):
             for name, run in sides.items():
-                found[name].append(timed(run))
+                with measured(CLOCKS["wall"]) as side:
+                    run()
+                found[name].append(side)
     tokens = options.steps * options.batch_tokens
-    speed = {name: tokens / statistics.median(s for s, _ in turns[1:]) for name, turns in found.items()}
+    speed = {name: tokens / statistics.median(turn.seconds for turn in turns[1:]) for name, turns in found.items()}
     print(f"{options.model}, {options.batch_tokens} tokens a step, windows of {options.context_length}, float32")
     for name, turns in found.items():
-        seconds = [round(s, 2) for s, _ in turns[1:]]
-        memory = max(grown for _, grown in turns) / 1e6
+        seconds = [round(turn.seconds, 2) for turn in turns[1:]]
+        memory = max(turn.grown_bytes for turn in turns) / 1e6
         print(f"{name:8} {speed[name]:8.1f} tokens/s   turns {seconds} s   grown {memory:,.0f} MB")
-    spread = np.round([a / b for (a, _), (b, _) in zip(found["trainer"][1:], found["ours"][1:], strict=True)], 3)
-    print(f"turn by turn: {spread.tolist()}")
+    pairs = zip(found["trainer"][1:], found["ours"][1:], strict=True)
+    spread = [round(theirs.seconds / own.seconds, 3) for theirs, own in pairs]
+    print(f"turn by turn: {spread}")
     print(
         json.dumps({"ratio": round(speed["ours"] / speed["trainer"], 4), **{k: round(v, 1) for k, v in speed.items()}})
     )

@@ -89,7 +89,9 @@ def plan_of(recipe: Recipe, changes: list[str], params: dict[str, Any], seed: in
         raise UserError("an Adapt-Accel run needs one target; pass --target-sparsity 0.2 or --target-params 125M")
     told = [f"{name}={json.dumps(value)}" for name, value in recipe.train.items()]
     training = training_spec("full", recipe.tokens, recipe.text, [*told, *changes])
-    settings = {"rounds": recipe.rounds, "split": recipe.split, **recipe.params, **params}
+    if training.heldout_points:
+        raise UserError("heldout_points is for harness compare, which scores models; leave it out here")
+    settings = {"rounds": recipe.rounds, **recipe.params, **params}
     method = build_method("adapt-accel", settings)
     assert isinstance(method, AdaptAccel)
     drawn = CalibrationSpec().model_dump() | recipe.calibration
@@ -120,7 +122,6 @@ def forecast_of(plan: AccelPlan) -> Forecast:
     needed = footprint.training_bytes(
         max(plan.training.micro_batch_tokens, plan.training.context_length),
         checkpointing=plan.training.gradient_checkpointing,
-        teacher=True,
     )
     return Forecast(seen, dense, rounds, needed)
 

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from harness.options import Device, DtypeName, TrainingSettings
+from harness.terminal import console
 
 if TYPE_CHECKING:
     from harness.accel import Forecast
     from harness.records import TrainingSpec
     from harness.training import StepLog, Trainer
-
-console = Console()
 
 
 def accel(
@@ -48,7 +46,7 @@ def accel(
     from adapt_pruner.recipes import Recipe, load_recipe
     from harness.accel import forecast_of, plan_of, run_accel
     from harness.errors import UserError
-    from harness.parsing import number_of_tokens
+    from harness.parsing import large_number
     from harness.request import chosen_dtype, settings_of
 
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes, one speaks
@@ -57,8 +55,8 @@ def accel(
         values |= {"target_sparsity": None, "target_params": None}
     given = {
         "model": model, "target_sparsity": target_sparsity, "rounds": rounds, "text": text,
-        "target_params": None if target_params is None else number_of_tokens(target_params),
-        "tokens": None if tokens is None else number_of_tokens(tokens),
+        "target_params": None if target_params is None else large_number("--target-params", target_params),
+        "tokens": None if tokens is None else large_number("--tokens", tokens),
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
     plan = plan_of(Recipe(**values), train, settings_of("adapt-accel", set_), seed)

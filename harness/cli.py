@@ -7,10 +7,9 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from harness import lookups
@@ -37,14 +36,17 @@ from harness.options import (
     TrainingText,
     Uniform,
 )
+from harness.regress_command import regress
+from harness.terminal import complain, console
+
+if TYPE_CHECKING:
+    from harness.report import Leaderboard
 
 app = typer.Typer(
     help="Compare structural pruning methods for language models at matched parameter counts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
-stderr = Console(stderr=True)
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(2)
 
 
@@ -101,7 +103,6 @@ def compare(
 ) -> None:
     """Prune with every method at matched sparsities, evaluate, and write the leaderboard."""
     from harness.compare import compare as run_comparison
-    from harness.compare import write_leaderboard
     from harness.executors import LocalExecutor
     from harness.progress import ComparisonProgress
     from harness.request import comparison_from
@@ -127,14 +128,25 @@ def compare(
                 command=_command_line(),
             )
     except KeyboardInterrupt:
-        _complain("stopped; finished runs are kept, and the same command goes on with the rest")
+        complain("stopped; finished runs are kept, and the same command goes on with the rest")
         sys.exit(130)
-    write_leaderboard(leaderboard, out / "latest")
+    sys.exit(_show(leaderboard, out / "latest"))
+
+
+def _show(leaderboard: Leaderboard, folder: Path) -> int:
+    """Write and print a table; the exit code.
+
+    Raises:
+        UserError: no method could do what was asked.
+    """
+    from harness.compare import write_leaderboard
+
+    write_leaderboard(leaderboard, folder)
     console.print(leaderboard.to_rich())
-    console.print(f"{out / 'latest' / 'leaderboard.csv'} and leaderboard.md hold this table", highlight=False)
+    console.print(f"{folder / 'leaderboard.csv'} and leaderboard.md hold this table", highlight=False)
     if (reason := leaderboard.why_nothing_ran) is not None:
         raise UserError(reason)
-    sys.exit(leaderboard.exit_code)
+    return leaderboard.exit_code
 
 
 @app.command()
@@ -155,78 +167,7 @@ def report(
         console.print(leaderboard.pairs_to_rich())
 
 
-@app.command()
-def regress(
-    reference: Annotated[Path, typer.Option(help="Results folder to hold on to.")],
-    candidate: Annotated[Path, typer.Option(help="Results folder made with what is under test.")],
-    run: Annotated[bool, typer.Option("--run", help="Make the candidate, by the reference's specs.")] = False,
-    tolerance: Annotated[float, typer.Option(help="Points that the average may drop.")] = 1.0,
-    min_recovery: Annotated[
-        float | None, typer.Option(help="Least share of the candidate's dense average to keep, such as 0.95.")
-    ] = None,
-    max_loss_increase: Annotated[
-        float | None, typer.Option(help="Nats per token that the held-out loss may grow; 0.02 is 2% of perplexity.")
-    ] = None,
-    max_params_ratio: Annotated[
-        float | None, typer.Option(help="Counted parameters over the reference's, at most.")
-    ] = None,
-    max_time_ratio: Annotated[float | None, typer.Option(help="Pruning time over the reference's, at most.")] = None,
-    allow_different: Annotated[
-        bool, typer.Option("--allow-different", help="Compare although documents, versions or settings differ.")
-    ] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the summary to this file.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML to this file.")] = None,
-    annotate: Annotated[
-        bool, typer.Option(envvar="GITHUB_ACTIONS", help="Also print GitHub annotations; the default on GitHub.")
-    ] = False,
-    device: Device = "cpu",
-    batch_tokens: BatchTokens = 4096,
-) -> None:
-    """Is the candidate's accuracy worse than the reference's for real? Exit code 0 pass, 1 fail, 3 cannot tell."""
-    from harness.regression import Limits, to_annotations, to_junit, to_markdown
-    from harness.regression import regress as compare_with_reference
-    from harness.store import Store
-
-    limits = Limits(tolerance, min_recovery, max_loss_increase, max_params_ratio, max_time_ratio)
-    if run:
-        _make_candidate(reference, candidate, device, batch_tokens)
-    found = compare_with_reference(Store(reference), Store(candidate), limits, allow_different=allow_different)
-    for path, write in ((markdown, to_markdown), (junit, to_junit)):
-        if path is not None:
-            path.write_text(write(found), encoding="utf-8")
-    console.print(to_markdown(found), markup=False, highlight=False, soft_wrap=True)
-    if annotate:
-        console.print("\n".join(to_annotations(found)), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(found.exit_code)
-
-
-def _make_candidate(reference: Path, candidate: Path, device: str, batch_tokens: int) -> None:
-    """Run every finished spec of the reference anew: a record does not tell that the code has changed since."""
-    from harness.compare import make_runs, tracks_of
-    from harness.executors import LocalExecutor
-    from harness.progress import ComparisonProgress
-    from harness.store import Store
-
-    tracks = tracks_of(record.spec for record in Store(reference).records() if record.status == "ok")
-    store = Store(candidate)
-    if store.root.resolve() == reference.resolve():
-        raise UserError("--candidate is the reference itself, which --run would overwrite; name another folder")
-    store.require_writable()
-    try:
-        with ComparisonProgress(console) as progress:
-            make_runs(
-                tracks,
-                store,
-                LocalExecutor(),
-                progress.event,
-                {"device": device, "batch_tokens": batch_tokens, "num_threads": None, "stream": False},
-                on_plan=progress.plan,
-                on_cost=progress.say,
-                force=True,
-            )
-    except KeyboardInterrupt:
-        _complain("stopped; nothing was compared")
-        sys.exit(130)
+app.command()(regress)
 
 
 @app.command()
@@ -390,10 +331,6 @@ def verify(
 app.command()(accel)
 for _command in (lookups.models, lookups.doctor, lookups.tasks, lookups.texts):
     app.command()(_command)
-
-
-def _complain(sentence: str) -> None:
-    stderr.print(f"harness: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _command_line() -> str:

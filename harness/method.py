@@ -55,8 +55,6 @@ class PruningMethod(BaseModel, ABC):
     """Whether calibration tokens can change the result."""
     needs_seed: ClassVar[bool] = True
     """Whether the seed can: through calibration drawn with it, or through random choices of the method's own."""
-    trains: ClassVar[bool] = False
-    """Whether the method trains between its steps (``InterleavedMethod``)."""
     tolerance: ClassVar[float] = 0.0005
     """How far above its target a model may end, as a fraction of the dense parameters."""
 
@@ -120,8 +118,6 @@ class InterleavedMethod(PruningMethod):
 
     ``prune`` is the same course without the training.
     """
-
-    trains: ClassVar[bool] = True
 
     @abstractmethod
     def prune_and_train(

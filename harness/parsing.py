@@ -26,7 +26,7 @@ def one_of(what: str, value: str, allowed: tuple[Text, ...]) -> Text:
     raise UserError(f"{what} {value!r} is not known; pass one of {', '.join(allowed)}")
 
 
-def number_of_tokens(value: Any) -> int:
+def large_number(what: str, value: Any) -> int:
     """``200k``, ``1.5M``, ``5B`` or a whole number, as a number.
 
     Raises:
@@ -39,7 +39,7 @@ def number_of_tokens(value: Any) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise UserError(f"{value!r} is not a number of tokens; pass one such as 200k, 1.5M or 120000")
+        raise UserError(f"{what} {value!r} is not a number; pass one such as 200k, 1.5M or 120000")
     return number
 
 

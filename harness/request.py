@@ -104,6 +104,8 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
     )
     if listed(settings["methods"]) != ["all"]:
         _check_competing(methods, recoveries)
+    if settings["stream"] and any(recoveries):
+        raise UserError("--stream leaves weights in their files, where they cannot be trained; leave out --recovery")
     return Comparison(
         models=tuple(model_ref(name) for name in listed(settings["models"])),
         methods=methods,

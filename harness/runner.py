@@ -105,16 +105,17 @@ def _finished(
 ) -> tuple[RunRecord, Any]:
     """The record of a model, scored where its size is right, and its documents."""
     loaded, pruned = context.loaded, made.pruned
+    params = count_parameters(pruned.model.named_parameters())
     known = {
         "spec": spec,
         "params_before": loaded.params,
-        "params_after": count_parameters(pruned.model.named_parameters()),
+        "params_after": params,
         "tied_embeddings": bool(pruned.model.config.tie_word_embeddings),
         "knob": dict(pruned.knob),
         "layers": layer_widths(describe(pruned.model)),
         "trace": {**pruned.trace, **told_of_training(made.session)},
     }
-    if (reason := why_missed(spec, target, tolerance, pruned.model)) is not None:
+    if (reason := why_missed(spec, target, tolerance, params)) is not None:
         return RunRecord(**known, status="failed", reason=reason), None
     with measured(context.track.device) as cost:
         evaluation = _evaluate(context, spec, pruned.model)

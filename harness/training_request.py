@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.errors import UserError, unknown_name
-from harness.parsing import json_value, listed, number_of_tokens, one_of, refused
+from harness.parsing import json_value, large_number, listed, one_of, refused
 from harness.records import TrainingSpec
 
 RECOVERIES = ("none", "lora", "full")
@@ -44,6 +44,8 @@ def training_spec(mode: str, tokens: Any, text: str, changes: list[str]) -> Trai
             raise unknown_name("training setting", name, TrainingSpec.model_fields, "docs/training.md")
         values[name] = json_value(value)
     try:
-        return TrainingSpec(**{**values, "mode": mode, "tokens": number_of_tokens(tokens), "source": text})
+        return TrainingSpec(
+            **{**values, "mode": mode, "tokens": large_number("training tokens", tokens), "source": text}
+        )
     except ValidationError as error:
         raise refused("training", error) from error

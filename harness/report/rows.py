@@ -39,8 +39,7 @@ class Row:
     @property
     def training(self) -> str:
         """Equal for rows that were trained alike; empty for those that were not."""
-        recovery = self.spec.recovery
-        return "" if recovery is None else recovery.model_dump_json(exclude={"seed"})
+        return _training_of(self.spec)
 
     @property
     def status(self) -> Status:
@@ -90,8 +89,12 @@ def _row(records: list[RunRecord]) -> Row:
     spec = records[0].spec
     origin = _origin(records[0].provenance)
     reference = _key(spec.model_dump(mode="json", include={"model", "dtype", "evaluation"}), *origin)
-    recovery = spec.model_dump_json(include={"recovery"}, exclude=_SEEDS)
-    return Row(tuple(records), contest=f"{reference} {spec.sparsity} {spec.basis} {recovery}", reference=reference)
+    contest = f"{reference} {spec.sparsity} {spec.basis} {_training_of(spec)}"
+    return Row(tuple(records), contest, reference)
+
+
+def _training_of(spec: RunSpec) -> str:
+    return "" if spec.recovery is None else spec.recovery.model_dump_json(exclude={"seed"})
 
 
 def _key(*parts: object) -> str:

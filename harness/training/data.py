@@ -30,7 +30,7 @@ class PackedText:
     scored: NDArray[np.bool_] | None = None
     """[num_tokens]: those that count; None counts all."""
     sha256: str | None = None
-    """Of the documents and the tokenizer, where they are known."""
+    """Of tokens and what counts of them, where it is known."""
 
     @property
     def num_windows(self) -> int:

@@ -60,8 +60,8 @@ class Session:
     """Every step of the course, those before an interruption included."""
     heldout: list[tuple[int, float]] = field(default_factory=list)
     """Tokens read and the loss on held-out text then; whoever hears of the steps may fill it."""
-    _resumed: int = 0
-    _last_written: float = field(default_factory=time.monotonic)
+    _resumed: int = field(default=0, init=False)
+    _last_written: float = field(default_factory=time.monotonic, init=False)
 
     @property
     def seconds(self) -> float:

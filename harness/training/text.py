@@ -6,20 +6,23 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.corpora import load_corpus
+from harness.corpora import MOST_HUB_PASSAGES, is_on_hub, load_corpus
 from harness.durable import disk_errors, remove, sync_folder, write_synced
 from harness.errors import UserError
 from harness.records import TrainingSpec
 from harness.training.chats import Piece, is_chats, load_chats, pieces
 from harness.training.data import PackedText
 
+_TOKENS, _SCORED, _TOLD = "tokens.u32", "scored.bool", "text.json"
 _AT_ONCE = 256
 """Documents tokenised together."""
 _SHORTEST_DOCUMENT = 64
@@ -27,10 +30,10 @@ _SHORTEST_DOCUMENT = 64
 
 
 def training_text(spec: TrainingSpec, tokenizer: Any, cache: Path) -> PackedText:
-    """The tokens of ``spec.source``, at least one pass of ``spec.tokens`` where it has as many.
+    """The tokens of ``spec.source``.
 
-    Documents are separated by the tokenizer's end-of-text token. The files are named by a hash of the documents and
-    the tokenizer, so another budget, seed or context length reads the same ones.
+    Documents are separated by the tokenizer's end-of-text token. The files are named by a hash of the sources and the
+    tokenizer, so another seed or context length reads the same ones.
 
     Args:
         spec: source, tokens and context length.
@@ -40,19 +43,23 @@ def training_text(spec: TrainingSpec, tokenizer: Any, cache: Path) -> PackedText
     Raises:
         UserError: an unknown source, or less text than one window.
     """
-    documents = [document for source in spec.source.split("+") for document in _documents(source, spec, tokenizer)]
-    digest = _digest(documents, tokenizer)
+    sources = [
+        _Source(name, max(spec.tokens // _SHORTEST_DOCUMENT, MOST_HUB_PASSAGES)) for name in spec.source.split("+")
+    ]
+    digest = _digest(sources, tokenizer)
     folder = cache / f"text-{digest[:20]}"
-    if not (folder / "text.json").is_file():
-        _write(folder, documents, tokenizer, digest)
-    told = json.loads((folder / "text.json").read_text())
-    tokens = np.memmap(folder / "tokens.u32", np.uint32, mode="r")
-    scored = np.memmap(folder / "scored.bool", np.bool_, mode="r") if told["masked"] else None
+    if not (folder / _TOLD).is_file():
+        _write(folder, chain.from_iterable(source.documents(tokenizer) for source in sources), tokenizer)
+    tokens = np.memmap(folder / _TOKENS, np.uint32, mode="r")
+    scored = (
+        np.memmap(folder / _SCORED, np.bool_, mode="r") if any(is_chats(source.name) for source in sources) else None
+    )
     if len(tokens) < spec.context_length:
         raise UserError(
             f"the training text {spec.source!r} has {len(tokens):,} tokens, less than one window of "
             f"{spec.context_length}; give more text or a smaller context length"
         )
+    told = json.loads((folder / _TOLD).read_text())
     return PackedText(tokens, spec.context_length, scored, sha256=told["sha256"])
 
 
@@ -62,40 +69,49 @@ def tasks_asking_about(source: str) -> frozenset[str]:
     return frozenset().union(*(corpus.evaluated_tasks for corpus in corpora))
 
 
-def _documents(source: str, spec: TrainingSpec, tokenizer: Any) -> Iterator[tuple[Piece, ...]]:
-    most = max(spec.tokens // _SHORTEST_DOCUMENT, 20_000)
-    if is_chats(source):
-        for chat in load_chats(source, most):
-            yield tuple(pieces(chat, tokenizer))
-    else:
-        for passage in load_corpus(source).passages[:most]:
-            yield ((passage, True),)
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    most: int
+    """Documents taken of it, where the hub has more."""
+
+    def documents(self, tokenizer: Any) -> Iterator[tuple[Piece, ...]]:
+        """Passages, or conversations cut where answers begin and end."""
+        if is_chats(self.name):
+            return (tuple(pieces(chat, tokenizer)) for chat in load_chats(self.name, self.most))
+        return (((passage, True),) for passage in load_corpus(self.name, self.most).passages)
+
+    def identity(self) -> str:
+        """Equal for equal documents: a hash of what is here, name and number of what the hub streams."""
+        path = Path(self.name)
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        if is_chats(self.name) or is_on_hub(self.name):
+            return f"{self.name}, {self.most}"
+        return load_corpus(self.name).fingerprint()
 
 
-def _digest(documents: list[tuple[Piece, ...]], tokenizer: Any) -> str:
+def _digest(sources: list[_Source], tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    digest = hashlib.sha256(described.encode())
-    digest.update(repr((type(tokenizer).__name__, version("tokenizers"), tokenizer.eos_token_id)).encode())
-    for document in documents:
-        digest.update(repr(document).encode())
-    return digest.hexdigest()
+    settings = (type(tokenizer).__name__, version("tokenizers"), tokenizer.eos_token_id)
+    told = [described, settings, getattr(tokenizer, "chat_template", None), [source.identity() for source in sources]]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def _write(folder: Path, documents: list[tuple[Piece, ...]], tokenizer: Any, digest: str) -> None:
+def _write(folder: Path, documents: Iterator[tuple[Piece, ...]], tokenizer: Any) -> None:
     """Write the files beside their place, then move them there: a killed run leaves nothing that is read later."""
     fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    masked = any(not counts for document in documents for _, counts in document)
+    digest = hashlib.sha256()
     with disk_errors(folder.parent):
         fresh.mkdir(parents=True)
         try:
-            with (fresh / "tokens.u32").open("wb") as tokens, (fresh / "scored.bool").open("wb") as scored:
-                for start in range(0, len(documents), _AT_ONCE):
-                    ids, counts = _encoded(documents[start : start + _AT_ONCE], tokenizer)
-                    ids.tofile(tokens)
-                    if masked:
-                        counts.tofile(scored)
-            write_synced(fresh / "text.json", json.dumps({"masked": masked, "sha256": digest}).encode())
+            with (fresh / _TOKENS).open("wb") as tokens, (fresh / _SCORED).open("wb") as scored:
+                while some := list(islice(documents, _AT_ONCE)):
+                    for file, numbers in zip((tokens, scored), _encoded(some, tokenizer), strict=True):
+                        numbers.tofile(file)
+                        digest.update(numbers.tobytes())
+            write_synced(fresh / _TOLD, json.dumps({"sha256": digest.hexdigest()}).encode())
             try:
                 fresh.rename(folder)
             except OSError:

@@ -54,6 +54,8 @@ def test_a_dry_run_needs_no_weights() -> None:
         (["--dry-run"], "needs one target; pass --target-sparsity"),
         (["--target-params", "500M", "--dry-run"], "is not below the 134,515,008 parameters"),
         (["--target-sparsity", "0.2", "--tokens", "8k", "--dry-run"], "too few for 4 rounds"),
+        (["--target-params", "lots", "--dry-run"], "--target-params 'lots' is not a number"),
+        (["--target-sparsity", "0.2", "--train", "heldout_points=2", "--dry-run"], "is for harness compare"),
         (["--recipe", "mobilellm", "--dry-run"], "unknown recipe 'mobilellm'"),
         (["--target-sparsity", "0.2"], "pass --out FOLDER"),
     ],

@@ -182,10 +182,14 @@ def test_trainings_are_alike_but_for_what_learns_and_its_rate() -> None:
     ("changes", "message"),
     [
         ({"recovery": "some"}, "recovery 'some' is not known; pass one of none, lora, full"),
-        ({"recovery": "full", "recovery_tokens": "lots"}, "'lots' is not a number of tokens; pass one such as 200k"),
+        (
+            {"recovery": "full", "recovery_tokens": "lots"},
+            "training tokens 'lots' is not a number; pass one such as 200k",
+        ),
         ({"recovery": "full", "train": ["rate=1"]}, "unknown training setting 'rate'"),
         ({"recovery": "full", "train": ["learning_rate"]}, "is not of the form setting=value"),
         ({"recovery": "full", "train": ["learning_rate=-1"]}, "learning_rate = -1 is not allowed"),
+        ({"recovery": "full", "stream": True}, "where they cannot be trained; leave out --recovery"),
         ({"methods": "adapt-accel"}, "adapt-accel trains between its pruning steps"),
         ({"methods": "adapt-accel", "recovery": "lora"}, "add --recovery full"),
     ],

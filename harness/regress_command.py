@@ -1,0 +1,86 @@
+"""`harness regress`: two results folders in, a verdict out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.errors import UserError
+from harness.options import BatchTokens, Device
+from harness.terminal import complain, console
+
+
+def regress(
+    reference: Annotated[Path, typer.Option(help="Results folder to hold on to.")],
+    candidate: Annotated[Path, typer.Option(help="Results folder made with what is under test.")],
+    run: Annotated[bool, typer.Option("--run", help="Make the candidate, by the reference's specs.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Points that the average may drop.")] = 1.0,
+    min_recovery: Annotated[
+        float | None, typer.Option(help="Least share of the candidate's dense average to keep, such as 0.95.")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None, typer.Option(help="Nats per token that the held-out loss may grow; 0.02 is 2% of perplexity.")
+    ] = None,
+    max_params_ratio: Annotated[
+        float | None, typer.Option(help="Counted parameters over the reference's, at most.")
+    ] = None,
+    max_time_ratio: Annotated[float | None, typer.Option(help="Pruning time over the reference's, at most.")] = None,
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Compare although documents, versions or settings differ.")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the summary to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML to this file.")] = None,
+    annotate: Annotated[
+        bool, typer.Option(envvar="GITHUB_ACTIONS", help="Also print GitHub annotations; the default on GitHub.")
+    ] = False,
+    device: Device = "cpu",
+    batch_tokens: BatchTokens = 4096,
+) -> None:
+    """Is the candidate's accuracy worse than the reference's for real? Exit code 0 pass, 1 fail, 3 cannot tell."""
+    from harness.regression import Limits, to_annotations, to_junit, to_markdown
+    from harness.regression import regress as compare_with_reference
+    from harness.store import Store
+
+    limits = Limits(tolerance, min_recovery, max_loss_increase, max_params_ratio, max_time_ratio)
+    if run:
+        _make_candidate(reference, candidate, device, batch_tokens)
+    found = compare_with_reference(Store(reference), Store(candidate), limits, allow_different=allow_different)
+    for path, write in ((markdown, to_markdown), (junit, to_junit)):
+        if path is not None:
+            path.write_text(write(found), encoding="utf-8")
+    console.print(to_markdown(found), markup=False, highlight=False, soft_wrap=True)
+    if annotate:
+        console.print("\n".join(to_annotations(found)), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(found.exit_code)
+
+
+def _make_candidate(reference: Path, candidate: Path, device: str, batch_tokens: int) -> None:
+    """Run every finished spec of the reference anew: a record does not tell that the code has changed since."""
+    from harness.compare import make_runs, tracks_of
+    from harness.executors import LocalExecutor
+    from harness.progress import ComparisonProgress
+    from harness.store import Store
+
+    tracks = tracks_of(record.spec for record in Store(reference).records() if record.status == "ok")
+    store = Store(candidate)
+    if store.root.resolve() == reference.resolve():
+        raise UserError("--candidate is the reference itself, which --run would overwrite; name another folder")
+    store.require_writable()
+    try:
+        with ComparisonProgress(console) as progress:
+            make_runs(
+                tracks,
+                store,
+                LocalExecutor(),
+                progress.event,
+                {"device": device, "batch_tokens": batch_tokens, "num_threads": None, "stream": False},
+                on_plan=progress.plan,
+                on_cost=progress.say,
+                force=True,
+            )
+    except KeyboardInterrupt:
+        complain("stopped; nothing was compared")
+        sys.exit(130)
