@@ -199,7 +199,7 @@ def test_too_little_calibration_text_stops_the_comparison(checkpoint: Path, tmp_
     assert [r.spec.method for r in Store(tmp_path / "results").records()] == ["dense"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(
     checkpoint: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
@@ -248,6 +248,7 @@ def test_regress_refuses_what_it_cannot_use(options: list[str], message: str, co
     assert message in harness("regress", *same, *options, expect=2)
 
 
+@pytest.mark.slow
 def test_a_streamed_comparison_says_so_and_is_not_timed(checkpoint: Path, tmp_path: Path) -> None:
     harness(
         "compare", "--models", str(checkpoint), "--methods", "dense", "--stream", "--out", str(tmp_path),
