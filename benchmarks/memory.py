@@ -27,11 +27,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from harness.method import InterleavedMethod
 from harness.models.assemble import without_weights
 from harness.models.catalog import CATALOG
 from harness.models.checkpoint import INDEX, parameter_shapes
 from harness.models.embedded import embedded_checkpoint
-from harness.registry import known_methods
+from harness.registry import known_methods, method_class
 
 ROPE: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {"factor": 8.0},
@@ -98,6 +99,12 @@ def prune(method: str, checkpoint: Path, options: argparse.Namespace) -> dict[st
     return {"seconds": round(seconds, 1), "peak_bytes": usage.ru_maxrss * 1024, "pruned_bytes": stored}
 
 
+def pruning_methods() -> list[str]:
+    """Those that remove something, and train nothing while they do."""
+    classes = {name: method_class(name) for name in known_methods() if name != "dense"}
+    return [name for name, cls in classes.items() if not issubclass(cls, InterleavedMethod)]
+
+
 def settings(text: str) -> tuple[str, str]:
     """``adapt-pruner.max_steps=20`` -> its method, and the rest."""
     method, _, rest = text.partition(".")
@@ -118,7 +125,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the checkpoint; used again where it is there")
     options = parser.parse_args()
     options.set = {method: [rest for m, rest in options.set if m == method] for method, _ in options.set}
-    methods = [m for m in known_methods() if m != "dense"] if options.methods == "all" else options.methods.split(",")
+    methods = pruning_methods() if options.methods == "all" else options.methods.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch) / options.shape
         if not folder.exists():

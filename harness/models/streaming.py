@@ -65,7 +65,13 @@ def stream_checkpoint(folder: Path, dtype: torch.dtype, device: str) -> PreTrain
     return stream(config, state, dtype, device)
 
 
-def stream(config: PreTrainedConfig, state: Mapping[str, Weight], dtype: torch.dtype, device: str) -> PreTrainedModel:
+def stream(
+    config: PreTrainedConfig,
+    state: Mapping[str, Weight],
+    dtype: torch.dtype,
+    device: str,
+    known: Mapping[str, Tensor] | None = None,
+) -> PreTrainedModel:
     """The causal language model of ``state``, as ``assemble`` makes it, its layers read whenever they run.
 
     Args:
@@ -73,11 +79,14 @@ def stream(config: PreTrainedConfig, state: Mapping[str, Weight], dtype: torch.d
         state: parameters by name, tied ones once.
         dtype: what layers compute in, whatever they are stored in.
         device: where they run.
+        known: tensors outside the layers that another model has on the device already; they are shared, not read.
     """
     held: dict[str, Tensor] = {}
     for name, weight in state.items():
         if name.startswith(LAYERS):
             held[name] = torch.empty(weight.shape, dtype=dtype, device="meta")
+        elif known is not None and name in known:
+            held[name] = known[name]
         else:
             is_matrix = len(weight.shape) > 1  # embedding and head keep the type of the file, and so its pages
             held[name] = read(weight).to(device, None if is_matrix else dtype)
@@ -113,7 +122,9 @@ def rebuilt(model: PreTrainedModel, state: Mapping[str, Weight]) -> PreTrainedMo
         state: parameters by name, tied ones once; in memory, or for a streamed model in files too.
     """
     if (how := streamed(model)) is not None:
-        return stream(model.config, state, how.dtype, how.device)
+        same = [name for name, weight in state.items() if not name.startswith(LAYERS) and how.state.get(name) is weight]
+        known = {name: model.get_parameter(name).detach() for name in same}
+        return stream(model.config, state, how.dtype, how.device, known)
     return assemble(model.config, {name: read(weight) for name, weight in state.items()})
 
 

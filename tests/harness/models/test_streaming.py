@@ -107,6 +107,17 @@ def test_a_cut_of_a_cut_reads_the_rows_and_columns_of_the_first(make_tiny: MakeT
     assert count_parameters(cut.named_parameters()) == count_parameters(expected.named_parameters())
 
 
+def test_models_made_of_one_share_what_is_outside_the_layers(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    streamed = streamed_from(make_tiny("grouped-query").model, tmp_path / "dense")
+    smaller = streamed.model
+    for _ in range(3):
+        structure = LoadedModel(smaller, None, "").structure
+        plan = {group.name: torch.arange(group.num_units - 1) for group in structure.mlp}
+        smaller = remove_units(smaller, structure, plan)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert smaller.get_parameter(name).data_ptr() == streamed.model.get_parameter(name).data_ptr()
+
+
 @pytest.mark.parametrize("name", ["magnitude", "flap", "slicegpt"])
 def test_a_pruned_model_is_saved_in_the_files_type_and_loads(
     name: str, make_tiny: MakeTiny, calibration: Tensor, tmp_path: Path
