@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from harness.evaluation.forest import BlockGroup, Chunk
+from harness.evaluation.chunks import BlockGroup, Chunk, Trunk
 
 # Shapes: T tokens of the chunk, K keys (carried path + chunk), H query heads, G kv heads, D head_dim,
 # N blocks, Q and S the longest query and key run of a group.
@@ -101,25 +101,28 @@ class ChunkAttention:
         if len(self.chunk.carry_out):
             kept = self._carry_index(key.device)
             self.carry_out[place] = (key.index_select(0, kept), value.index_select(0, kept))
-        padded = [self._attend_group(group, query, key, value, scale) for group in self._groups_on(query)]
-        return torch.cat(padded).index_select(0, self._unpad_index(query.device))
+        parts = [self._attend_group(group, query, key, value, scale) for group in self._groups_on(query)]
+        unpad = self._unpad_index(query.device)
+        out_THD = torch.cat([part.out for part in parts]).index_select(0, unpad)
+        if self.chunk.trunks:
+            sums_TH = torch.cat([part.log_sum for part in parts if part.log_sum is not None]).index_select(0, unpad)
+            for trunk in self.chunk.trunks:
+                _merge_trunk(trunk, query, key, value, scale, out_THD, sums_TH)
+        return out_THD
 
-    @staticmethod
-    def _attend_group(group: _GroupTensors, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend_group(self, group: _GroupTensors, query: Tensor, key: Tensor, value: Tensor, scale: float) -> _Attended:
         def blocks(tensor: Tensor, index: Tensor) -> Tensor:
             taken = tensor.index_select(0, index)
             return taken.view(group.num_blocks, -1, *tensor.shape[1:]).transpose(1, 2)
 
+        picked = blocks(query, group.queries), blocks(key, group.keys), blocks(value, group.keys)
+        if self.chunk.trunks:
+            return _attend_summed(*picked, scale=scale, bias=group.bias)
         grouped = query.shape[1] != key.shape[1]
         out_NHQD = functional.scaled_dot_product_attention(
-            blocks(query, group.queries),
-            blocks(key, group.keys),
-            blocks(value, group.keys),
-            attn_mask=group.bias,
-            scale=scale,
-            enable_gqa=grouped,
+            *picked, attn_mask=group.bias, scale=scale, enable_gqa=grouped
         )
-        return out_NHQD.transpose(1, 2).flatten(0, 1)
+        return _Attended(out_NHQD.transpose(1, 2).flatten(0, 1))
 
     def _groups_on(self, query: Tensor) -> list[_GroupTensors]:
         place = (query.device, query.dtype)
@@ -141,6 +144,49 @@ class ChunkAttention:
             where[order[real]] = real
             self._unpad[device] = torch.from_numpy(where).to(device)
         return self._unpad[device]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attended:
+    """Attention of some queries to some keys."""
+
+    out: Tensor
+    """[N * Q, H, D]"""
+    log_sum: Tensor | None = None
+    """Of the exponentials of the scaled products, float32 [N * Q, H]."""
+
+
+def _batch_of_one(tensor: Tensor) -> Tensor:
+    """[T, H, D] as [1, H, T, D]."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _attend_summed(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None = None) -> _Attended:
+    """As ``scaled_dot_product_attention`` computes it on a CPU, which keeps the sums: ``[N, H, Q, D]`` in."""
+    out_NHQD, sums_NHQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return _Attended(out_NHQD.transpose(1, 2).flatten(0, 1), sums_NHQ.transpose(1, 2).flatten(0, 1))
+
+
+def _merge_trunk(
+    trunk: Trunk, query: Tensor, key: Tensor, value: Tensor, scale: float, out_THD: Tensor, sums_TH: Tensor
+) -> None:
+    """Add the keys of a trunk to the attention of the tokens below it, in place.
+
+    Softmax over two sets of keys is the mean of the softmaxes over each, weighted by their sums of exponentials.
+    """
+    rows = slice(trunk.start, trunk.end)
+    first, last = int(trunk.keys[0]), int(trunk.keys[-1])
+    if last - first + 1 == len(trunk.keys):
+        key, value = key[first : last + 1], value[first : last + 1]
+    else:
+        index = torch.from_numpy(trunk.keys)
+        key, value = key.index_select(0, index), value.index_select(0, index)
+    far = _attend_summed(*(_batch_of_one(tensor) for tensor in (query[rows], key, value)), scale=scale)
+    assert far.log_sum is not None
+    weight = torch.sigmoid(far.log_sum - sums_TH[rows]).unsqueeze(-1)
+    out_THD[rows] = out_THD[rows].float().lerp(far.out.float(), weight).to(out_THD.dtype)
 
 
 _ACTIVE: ContextVar[ChunkAttention] = ContextVar("active_chunk_attention")

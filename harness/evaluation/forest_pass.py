@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from harness.evaluation.attention import AttentionDone, ChunkAttention, Place, attending, forest_attention
-from harness.evaluation.forest import Chunk, Forest, Ints, cut, grow
+from harness.evaluation.chunks import SHORTEST_TRUNK, Chunk, cut
+from harness.evaluation.forest import Forest, Ints, grow
 from harness.evaluation.head import token_logprobs
 
 Progress = Callable[[int, int], None]
@@ -63,8 +64,10 @@ def score_tails(
     loglikelihood = np.zeros(len(sequences))
     greedy = np.ones(len(sequences), np.bool_)
     carried: dict[Place, tuple[Tensor, Tensor]] = {}
+    # Merging the attention to a trunk with that to other keys takes the sums of exponentials, which the CPU gives.
+    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     with torch.no_grad(), forest_attention(model):
-        for chunk in cut(forest, batch_tokens):
+        for chunk in cut(forest, batch_tokens, SHORTEST_TRUNK if on_cpu else None):
             attention = ChunkAttention(chunk, carried)
             row, token, sequence = targets.within(chunk)
             rows, of_row = np.unique(row, return_inverse=True)

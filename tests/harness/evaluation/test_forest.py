@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.evaluation.forest import Chunk, Forest, cut, grow
+from harness.evaluation.chunks import Chunk, cut
+from harness.evaluation.forest import Forest, grow
 
 SEQUENCES = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8], [5], [2, 3]]
 # Sorted: 2 3 | 5 | 5 6 7 8 | 5 6 9. Nodes: 0=2 1=3 | 2=5 | 3=6 4=7 5=8 | 6=9.
@@ -30,6 +31,11 @@ def seen(forest: Forest, chunks: list[Chunk]) -> dict[int, set[int]]:
                 for query, row in zip(queries, visible, strict=True):
                     if query >= 0:
                         found[chunk.start + int(query)] = {int(numbered[k]) for k in keys[row]}
+        for trunk in chunk.trunks:
+            for query in range(chunk.start + trunk.start, chunk.start + trunk.end):
+                more = {int(numbered[k]) for k in trunk.keys}
+                assert not more & found[query], "a key in a trunk and in a block"
+                found[query] |= more
         carried = numbered[chunk.carry_out]
     return found
 
@@ -72,11 +78,26 @@ def test_chunks_cover_the_forest_within_the_budget(budget: int) -> None:
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12),
     st.integers(1, 30),
+    st.sampled_from([None, 1, 2, 4]),
 )
-@settings(max_examples=150, deadline=None)
-def test_every_token_sees_its_own_sequence_and_nothing_else(sequences: list[list[int]], budget: int) -> None:
+@settings(max_examples=300, deadline=None)
+def test_every_token_sees_its_own_sequence_and_nothing_else(
+    sequences: list[list[int]], budget: int, shortest_trunk: int | None
+) -> None:
     forest = forest_of(sequences)
-    assert seen(forest, cut(forest, budget)) == ancestors_by_walking(sequences, forest)
+    assert seen(forest, cut(forest, budget, shortest_trunk)) == ancestors_by_walking(sequences, forest)
+
+
+def test_what_many_see_is_a_trunk_and_in_no_block() -> None:
+    shared = list(range(100, 130))
+    forest = forest_of([[*shared, i, *range(200, 205)] for i in range(10)] + [[1, 2, 3]])
+    (chunk,) = cut(forest, 1000, shortest_trunk=20)
+    (trunk,) = chunk.trunks
+    assert (trunk.end - trunk.start, len(trunk.keys)) == (60, 30)
+    (whole,) = cut(forest, 1000)
+    pairs, pairs_without = (sum(group.visible.size for group in c.groups) for c in (chunk, whole))
+    assert pairs <= pairs_without - 60 * 30
+    assert cut(forest, 1000, shortest_trunk=31)[0].trunks == whole.trunks == ()
 
 
 def test_long_runs_are_cut_so_that_half_the_square_is_not_computed_for_nothing() -> None:
