@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: compare test check slow golden verify gguf-check clean
+.PHONY: compare test check slow golden verify gguf-check browser-check ray-check clean
 
 compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not gpu and not network and not llamacpp"
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not gpu and not network and not llamacpp and not ray and not browser"
 
 verify: $(INSTALLED)
 	$(BIN)/harness verify --out docs/fidelity.md
@@ -19,11 +19,19 @@ golden: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m slow tests/baselines tests/adapt_pruner tests/harness/test_cli.py
 
 slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp"
+	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp and not ray and not browser"
 
 gguf-check: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf-check]'
 	$(BIN)/pytest -s -m llamacpp tests/harness/export
+
+browser-check: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,browser-check]'
+	$(BIN)/pytest -m browser tests/harness/report
+
+ray-check: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
+	$(BIN)/pytest -m ray tests/harness/test_ray.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

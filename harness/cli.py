@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from functools import partial
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from harness import lookups
 from harness.accel_command import accel
+from harness.compare_command import compare, merge
 from harness.errors import UserError
 from harness.options import (
     BasisName,
@@ -27,20 +27,18 @@ from harness.options import (
     MmluLimit,
     MmluShots,
     Offline,
-    Out,
     Profile,
     RoundTo,
     Stream,
     Tasks,
-    TrainingSettings,
-    TrainingText,
     Uniform,
 )
 from harness.regress_command import regress
+from harness.report_command import report
 from harness.terminal import complain, console
 
 if TYPE_CHECKING:
-    from harness.report import Leaderboard
+    pass
 
 app = typer.Typer(
     help="Compare structural pruning methods for language models at matched parameter counts.",
@@ -61,112 +59,9 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
-def compare(
-    context: typer.Context,
-    models: Annotated[str, typer.Option(help="Comma-separated catalog names, hub ids or folders.")] = "smollm2-135m",
-    methods: Annotated[str, typer.Option(help="Comma-separated methods, or `all`.")] = "all",
-    sparsities: Annotated[str, typer.Option(help="Comma-separated fractions of parameters to remove.")] = "0.2,0.4",
-    basis: BasisName = "total",
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; calibration is drawn anew for each.")] = "0",
-    calibration: Annotated[
-        str, typer.Option(help="wikipedia, books, c4, wikitext2, slimpajama, bookcorpus, or a .txt/.jsonl file.")
-    ] = "wikipedia",
-    calibration_samples: CalibrationSamples = 64,
-    calibration_length: CalibrationLength = 128,
-    tasks: Tasks = None,
-    profile: Profile = "quick",
-    limit: Limit = None,
-    mmlu_limit: MmluLimit = None,
-    mmlu_shots: MmluShots = None,
-    heldout_tokens: HeldoutTokens = None,
-    offline: Offline = None,
-    efficiency: Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")] = True,
-    set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
-    config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
-    recovery: Annotated[
-        str, typer.Option(help="Comma-separated trainings after pruning: none, lora, full; a table for each.")
-    ] = "none",
-    recovery_tokens: Annotated[
-        str, typer.Option(help="Tokens every pruned model is trained on, such as 200k.")
-    ] = "100k",
-    recovery_text: TrainingText = "reading",
-    train: TrainingSettings = [],  # noqa: B006
-    round_to: RoundTo = None,
-    uniform: Uniform = False,
-    dtype: DtypeName = "float32",
-    out: Out = Path("results"),
-    force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
-    device: Device = "cpu",
-    batch_tokens: BatchTokens = 4096,
-    stream: Stream = False,
-) -> None:
-    """Prune with every method at matched sparsities, evaluate, and write the leaderboard."""
-    from harness.compare import compare as run_comparison
-    from harness.executors import LocalExecutor
-    from harness.progress import ComparisonProgress
-    from harness.request import comparison_from
-    from harness.store import Store
-
-    given = {k for k in context.params if (source := context.get_parameter_source(k)) and source.name != "DEFAULT"}
-    comparison = comparison_from(context.params, given, config)
-    store = Store(out)
-    store.require_writable()
-    try:
-        with ComparisonProgress(console) as progress:
-            leaderboard = run_comparison(
-                comparison,
-                store,
-                LocalExecutor(),
-                progress.event,
-                on_plan=progress.plan,
-                on_cost=progress.say,
-                force=force,
-                device=device,
-                batch_tokens=batch_tokens,
-                stream=stream,
-                command=_command_line(),
-            )
-    except KeyboardInterrupt:
-        complain("stopped; finished runs are kept, and the same command goes on with the rest")
-        sys.exit(130)
-    sys.exit(_show(leaderboard, out / "latest"))
-
-
-def _show(leaderboard: Leaderboard, folder: Path) -> int:
-    """Write and print a table; the exit code.
-
-    Raises:
-        UserError: no method could do what was asked.
-    """
-    from harness.compare import write_leaderboard
-
-    write_leaderboard(leaderboard, folder)
-    console.print(leaderboard.to_rich())
-    console.print(f"{folder / 'leaderboard.csv'} and leaderboard.md hold this table", highlight=False)
-    if (reason := leaderboard.why_nothing_ran) is not None:
-        raise UserError(reason)
-    return leaderboard.exit_code
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="A results folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the tables; default FOLDER/latest.")] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Also print every pair's difference and p-value.")] = False,
-) -> None:
-    """Rebuild the leaderboard from records alone."""
-    from harness.compare import write_leaderboard
-    from harness.report import build_leaderboard
-    from harness.store import Store
-
-    leaderboard = build_leaderboard(Store(folder))
-    write_leaderboard(leaderboard, out or folder / "latest")
-    console.print(leaderboard.to_rich())
-    if pairs:
-        console.print(leaderboard.pairs_to_rich())
-
-
+app.command()(compare)
+app.command()(merge)
+app.command()(report)
 app.command()(regress)
 
 
@@ -331,10 +226,6 @@ def verify(
 app.command()(accel)
 for _command in (lookups.models, lookups.doctor, lookups.tasks, lookups.texts):
     app.command()(_command)
-
-
-def _command_line() -> str:
-    return shlex.join(["harness", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

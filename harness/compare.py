@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from harness.cost import CostRequest, CostUnknownError, ScoringCost, describe_cost
+from harness.errors import UserError
 from harness.method import InterleavedMethod, PruningMethod
 from harness.records import (
     Basis,
@@ -24,6 +28,9 @@ from harness.registry import build_method
 from harness.report import Leaderboard, build_leaderboard
 from harness.store import Store
 from harness.track import CACHE, Event, Track
+
+POLL_SECONDS = 1.0
+"""Between looks at tracks that other processes work on."""
 
 
 class Comparison(BaseModel):
@@ -50,13 +57,19 @@ class Comparison(BaseModel):
 
 
 class Executor(Protocol):
-    """Runs one track somewhere."""
+    """Runs tracks somewhere."""
+
+    num_workers: int
+    """Tracks it is given at once; with more than one, `run` is called from several threads."""
 
     def cost(self, request: CostRequest) -> ScoringCost:
         """What scoring will cost there."""
 
     def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
-        """Run it to its end; every run of it has a record afterwards."""
+        """Run a track to its end; every run of it has a record afterwards."""
+
+    def stop(self) -> None:
+        """End what runs in other threads, as the comparison is given up."""
 
 
 def expand(comparison: Comparison) -> list[list[RunSpec]]:
@@ -110,9 +123,12 @@ def tracks_of(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     """The specs, each once, grouped into tracks: runs that differ in sparsity alone, by rising sparsity."""
     tracks: dict[str, dict[str, RunSpec]] = {}
     for spec in specs:
-        key = spec.model_copy(update={"sparsity": 0.0}).run_id
-        tracks.setdefault(key, {})[spec.run_id] = spec
+        tracks.setdefault(_track_name(spec), {})[spec.run_id] = spec
     return [sorted(members.values(), key=lambda spec: spec.sparsity) for members in tracks.values()]
+
+
+def _track_name(spec: RunSpec) -> str:
+    return spec.model_copy(update={"sparsity": 0.0}).run_id
 
 
 def compare(
@@ -124,6 +140,7 @@ def compare(
     on_plan: Callable[[Sequence[RunSpec], Sequence[RunSpec]], None] = lambda _all, _missing: None,
     on_cost: Callable[[str], None] | None = None,
     force: bool = False,
+    shard: tuple[int, int] = (1, 1),
     device: str = "cpu",
     batch_tokens: int = 4096,
     num_threads: int | None = None,
@@ -140,6 +157,7 @@ def compare(
         on_plan: hears which runs there are and which are still missing.
         on_cost: hears what scoring will cost before it starts, in a sentence per model; None spares the estimate.
         force: run again what is done.
+        shard: (K, N) makes and shows the K-th of N parts of the tracks alone.
         device: torch device of every track.
         batch_tokens: tokens scored at once.
         num_threads: CPU threads of a track.
@@ -149,10 +167,17 @@ def compare(
     Raises:
         UserError: something the user must mend; finished runs stay.
     """
-    tracks = expand(comparison)
+    tracks = _part(expand(comparison), *shard)
     options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads, "stream": stream}
     make_runs(tracks, store, executor, on_event, options, on_plan=on_plan, on_cost=on_cost, force=force)
     return build_leaderboard(store, [spec.run_id for track in tracks for spec in track], command=command)
+
+
+def _part(tracks: Sequence[list[RunSpec]], part: int, parts: int) -> list[list[RunSpec]]:
+    """Every ``parts``-th track from the ``part``-th on."""
+    if part > len(tracks):
+        raise UserError(f"shard {part}/{parts} has no runs: there are {len(tracks)} tracks; make fewer parts")
+    return list(tracks[part - 1 :: parts])
 
 
 def make_runs(
@@ -187,15 +212,42 @@ def make_runs(
     if on_cost is not None:
         for sentence in _costs(missing, executor, store.root / CACHE, options):
             on_cost(sentence)
-    for specs_of_track in tracks:
-        todo = tuple(spec for spec in specs_of_track if spec in missing)
-        if not todo:
-            continue
-        with store.lock(specs_of_track[0].run_id):
-            # Another process may have made them while this one waited for the lock.
-            todo = todo if force else tuple(store.missing(todo))
-            if todo:
-                executor.run(Track(specs=todo, out=store.root, **options), on_event)
+    wanted = {spec.run_id for spec in missing}
+    todo = [specs for track in tracks if (specs := [spec for spec in track if spec.run_id in wanted])]
+    make = partial(_make_track, store=store, executor=executor, on_event=on_event, options=options, force=force)
+    with ThreadPoolExecutor(executor.num_workers) as pool:
+        # One worker is this thread: a signal then reaches what it waits for.
+        each = map if executor.num_workers == 1 else pool.map
+        try:
+            while todo:
+                # What another process works on comes last: most likely it is made by then.
+                taken = [specs for specs, made in zip(todo, each(make, todo), strict=True) if not made]
+                if len(taken) == len(todo):
+                    time.sleep(POLL_SECONDS)
+                todo = taken
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            executor.stop()
+            raise
+
+
+def _make_track(
+    specs: Sequence[RunSpec],
+    store: Store,
+    executor: Executor,
+    on_event: Callable[[Event], None],
+    options: dict[str, Any],
+    *,
+    force: bool,
+) -> bool:
+    """Make the runs of a track unless another process is at it; whether there is nothing left to make."""
+    with store.lease(_track_name(specs[0])) as held:
+        if held:
+            # Another process may have made them in the meantime.
+            left = tuple(specs) if force else tuple(store.missing(specs))
+            if left:
+                executor.run(Track(specs=left, out=store.root, **options), on_event)
+    return held
 
 
 def _costs(specs: Sequence[RunSpec], executor: Executor, cache: Path, options: dict[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from harness.durable import write_file
 from harness.errors import UserError
 from harness.records import RunRecord
 from harness.store import Store
-from harness.track import Event, Track
+from harness.track import ATTENDED, Event, Track
 
 # What libraries print is in the track's log; they have nothing to say on the terminal.
 QUIET = {
@@ -31,6 +31,8 @@ USER_ERROR = 2
 
 class LocalExecutor:
     """Runs tracks one after the other, each in a process of its own."""
+
+    num_workers = 1
 
     def cost(self, request: CostRequest) -> ScoringCost:
         """What scoring will cost on this machine.
@@ -68,7 +70,8 @@ class LocalExecutor:
         write_file(track_file, track.model_dump_json(indent=2).encode())
         with log_file.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "harness.runner", str(track_file)],
+                [sys.executable, "-m", "harness.runner", str(track_file), ATTENDED],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -83,6 +86,9 @@ class LocalExecutor:
             raise UserError(message)
         if process.returncode != 0:
             _record_what_is_missing(track, finished, process.returncode, log_file)
+
+    def stop(self) -> None:
+        """Nothing runs in other threads."""
 
 
 def _relay(

@@ -68,6 +68,20 @@ def whole_number(what: str, value: str) -> int:
         raise UserError(f"{what} {value!r} is not a whole number") from None
 
 
+def one_shard(value: str | None) -> tuple[int, int]:
+    """``3/16`` as (3, 16): the third of sixteen parts; None is the only part.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    if value is None:
+        return 1, 1
+    part, _, parts = value.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise UserError(f"shard {value!r} is not K/N with K from 1 to N; pass one such as 3/16")
+    return int(part), int(parts)
+
+
 def json_value(text: str) -> JsonValue:
     """A text read as JSON; one that is not JSON is itself."""
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from harness.records import Measure, RunRecord, RunSpec
 from harness.registry import build_method
 from harness.store import Store
 from harness.structure import count_parameters, describe, layer_widths
-from harness.track import CACHE, Emit, Event, Track
+from harness.track import ATTENDED, CACHE, Emit, Event, Track
 from harness.training import TrainingDivergedError
 
 
@@ -171,9 +173,20 @@ def _measure_efficiency(context: Context, spec: RunSpec, model: Any) -> tuple[tu
     return found, {"efficiency": cost.seconds}
 
 
+def _end_when_left_alone() -> None:
+    """A parent that is killed cannot end its children, but the pipe it held closes."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main() -> None:
-    """Run the track in the file named on the command line; events go to standard output, one JSON object a line."""
+    """Run the track in the file named on the command line; events go to standard output, one JSON object a line.
+
+    With `ATTENDED` after the file, the process ends at once when standard input closes.
+    """
     track = Track.model_validate_json(Path(sys.argv[1]).read_text())
+    if ATTENDED in sys.argv[2:]:
+        threading.Thread(target=_end_when_left_alone, daemon=True).start()
 
     def emit(event: Event) -> None:
         print(event.model_dump_json(exclude_defaults=True), flush=True)

@@ -12,6 +12,9 @@ from harness.records import RunSpec
 CACHE = "cache"
 """Folder of a results folder for what its runs share; safe to delete."""
 
+ATTENDED = "--attended"
+"""Argument of a track's process: end when standard input closes, that is, when whoever started it is gone."""
+
 
 class Track(BaseModel):
     """Runs that share a pass, and where and how to make them."""

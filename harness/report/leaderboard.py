@@ -31,6 +31,9 @@ class Section:
     heading: str
     """Names it; empty where there is only one."""
     columns: tuple[Column, ...]
+    frame: pd.DataFrame = field(repr=False)
+    """The numbers behind the columns: the lines of the leaderboard's that stand here."""
+    rows: tuple[Row, ...] = field(repr=False)
 
     def to_markdown(self) -> str:
         """As a pipe table below its heading."""
@@ -142,7 +145,8 @@ def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, comman
     frames = {key: build_frame(part, scores, tasks) for key, part in parts.items()}
     headings = _headings(parts)
     sections = [
-        Section(headings[key], tuple(layout(frame, tasks, ppl_heading(parts[key])))) for key, frame in frames.items()
+        Section(headings[key], tuple(layout(frame, tasks, ppl_heading(parts[key]))), frame, tuple(parts[key]))
+        for key, frame in frames.items()
     ]
     frame = pd.concat(frames.values(), ignore_index=True) if len(frames) > 1 else next(iter(frames.values()))
     return Leaderboard(frame, tuple(sections), tuple(notes(rows, scores, command)), store, tuple(rows))

@@ -222,6 +222,7 @@ def test_interrupted_comparison_keeps_what_is_finished_and_says_how_to_go_on(
     assert all(record.status == "ok" for record in store.records())
 
 
+@pytest.mark.slow
 def test_regress_makes_the_candidate_by_the_references_specs(compared: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = compared
     candidate, junit = tmp_path / "candidate", tmp_path / "junit.xml"

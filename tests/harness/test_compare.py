@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from harness.compare import Comparison, compare, expand
 from harness.cost import CostRequest, ScoringCost
+from harness.errors import UserError
 from harness.executors import LocalExecutor
 from harness.records import CalibrationSpec, EvaluationSpec, ModelRef, ParamCounts, RunRecord, TrainingSpec
 from harness.store import Store
@@ -31,8 +34,11 @@ def comparison(*methods: str, sparsities: tuple[float, ...] = (0.1, 0.2), seeds:
 class Recorder:
     """An executor that writes a record for every run of a track, and remembers the tracks."""
 
+    num_workers = 1
+
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.stopped = False
         self.tracks: list[Track] = []
 
     def cost(self, request: CostRequest) -> ScoringCost:
@@ -46,6 +52,9 @@ class Recorder:
         self.tracks.append(track)
         for spec in track.specs:
             self.store.write(RunRecord(spec=spec, status="unsupported", reason="only a test"), None)
+
+    def stop(self) -> None:
+        self.stopped = True
 
 
 def test_runs_that_differ_in_sparsity_alone_share_a_track_in_rising_order() -> None:
@@ -86,6 +95,75 @@ def test_force_makes_everything_again(tmp_path: Path) -> None:
     compare(comparison("flap"), store, Recorder(store), lambda _event: None)
     compare(comparison("flap"), store, again, lambda _event: None, force=True)
     assert [len(track.specs) for track in again.tracks] == [2]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 16])
+def test_shards_make_every_run_once(tmp_path: Path, parts: int) -> None:
+    asked, store = comparison("dense", "flap", "random", "slicegpt", seeds=(0, 1)), Store(tmp_path)
+    executors = [Recorder(store) for _ in range(parts)]
+    for part, executor in enumerate(executors, start=1):
+        if part <= len(expand(asked)):  # more parts than tracks leave some without work
+            compare(asked, store, executor, lambda _event: None, shard=(part, parts))
+    made = [spec.run_id for executor in executors for track in executor.tracks for spec in track.specs]
+    assert sorted(made) == sorted(spec.run_id for track in expand(asked) for spec in track)
+    assert max(len(executor.tracks) for executor in executors) == -(-len(expand(asked)) // parts)
+
+
+def test_a_shard_without_work_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shard 3/5 has no runs: there are 2 tracks"):
+        compare(comparison("flap", "random"), Store(tmp_path), Recorder(Store(tmp_path)), print, shard=(3, 5))
+
+
+def test_processes_that_share_a_folder_take_different_tracks(tmp_path: Path) -> None:
+    asked = comparison("flap", "random", "slicegpt", "magnitude", sparsities=(0.1,), seeds=(0, 1))
+    made: list[str] = []
+
+    class Slow(Recorder):
+        def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+            time.sleep(0.05)
+            made.append(track.track_id)
+            super().run(track, on_event)
+
+    def work() -> None:
+        store = Store(tmp_path)  # each with leases of its own, as another process has
+        compare(asked, store, Slow(store), lambda _event: None)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(made) == sorted(track[0].run_id for track in expand(asked))
+
+
+def test_an_executor_with_several_workers_gets_several_tracks_at_once(tmp_path: Path) -> None:
+    asked = comparison("flap", "random", "slicegpt", sparsities=(0.1,))
+    together = threading.Barrier(3, timeout=30)
+
+    class Wide(Recorder):
+        num_workers = 3
+
+        def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+            together.wait()  # passes only if all three are here
+            super().run(track, on_event)
+
+    store = Store(tmp_path)
+    leaderboard = compare(asked, store, Wide(store), lambda _event: None)
+    assert len(leaderboard.rows) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_track_cannot_mend_ends_the_comparison(tmp_path: Path, workers: int) -> None:
+    class Refusing(Recorder):
+        num_workers = workers
+
+        def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+            raise UserError("too little text")
+
+    executor = Refusing(Store(tmp_path))
+    with pytest.raises(UserError, match="too little text"):
+        compare(comparison("flap", "random"), Store(tmp_path), executor, lambda _event: None)
+    assert executor.stopped
 
 
 def test_a_process_that_is_killed_leaves_failed_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from harness.durable import write_file
 from harness.errors import UserError
 from harness.records import RunRecord, RunSpec
-from harness.store import DOCUMENTS, RECORD, SUMS, Store
+from harness.run_files import DOCUMENTS, RECORD, SUMS
+from harness.store import Store
 
 Make = Callable[..., RunRecord]
 
@@ -176,7 +177,7 @@ def test_an_unwritable_folder_is_a_sentence(tmp_path: Path, make_spec: Callable[
     for attempt in (store.require_writable, lambda: store.write(RunRecord(spec=make_spec(), status="failed"))):
         with pytest.raises(UserError, match=r"cannot write to the folder .*file/results"):
             attempt()
-    with pytest.raises(UserError, match="cannot write"), store.lock("x"):
+    with pytest.raises(UserError, match="cannot write"), store.lease("x"):
         pass
 
 
@@ -226,20 +227,6 @@ def test_write_file_replaces_whole(tmp_path: Path) -> None:
         write_file(path, content)
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_lock_keeps_a_second_process_out_until_it_is_let_go(store: Store) -> None:
-    code = "import sys; from pathlib import Path; from harness.store import Store\n"
-    code += "with Store(Path(sys.argv[1])).lock('track 1', wait=False) as held: print(held)"
-
-    def other_process_gets_it() -> str:
-        run = subprocess.run([sys.executable, "-c", code, str(store.root)], capture_output=True, text=True, check=True)
-        return run.stdout.strip()
-
-    with store.lock("track 1") as held, store.lock("track/1") as another:
-        assert (held, another) == (True, True)
-        assert other_process_gets_it() == "False"
-    assert other_process_gets_it() == "True"
 
 
 _WRITER = """

@@ -17,7 +17,8 @@ from harness.records import CalibrationSpec, Measure, RunRecord, RunSpec
 from harness.regression import Limits, Regression, regress
 from harness.regression.evidence import FAMILIES
 from harness.regression.judge import Check
-from harness.store import DOCUMENT_TYPES, Store
+from harness.run_files import DOCUMENT_TYPES
+from harness.store import Store
 
 COMMITTED = Path(__file__).parents[3] / "results" / "reference"
 Add = Callable[..., tuple[RunRecord, RunRecord]]

@@ -14,8 +14,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness import statistics
-from harness import store as store_module
+from harness import run_files, statistics
 from harness.errors import UserError
 from harness.records import CalibrationSpec, EvaluationSpec, Measure, ModelRef, RunRecord, RunSpec, TrainingSpec
 from harness.report import build_leaderboard
@@ -272,7 +271,7 @@ def test_runs_from_before_there_were_margins_still_read(
     spec = make_spec()
     documents = make_documents(spec).drop(columns="margin")
     with monkeypatch.context() as before:
-        before.delitem(store_module.DOCUMENT_TYPES, "margin")
+        before.delitem(run_files.DOCUMENT_TYPES, "margin")
         store.write(make_record(spec, documents), documents)
     leaderboard = build_leaderboard(store)
     flap = _row(leaderboard.frame, "flap")

@@ -1,0 +1,173 @@
+"""Tracks on a Ray cluster: each a task with the cores, GPUs and memory it asks for. Ray is imported only here."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.cost import CostRequest, ScoringCost
+from harness.errors import UserError
+from harness.executors import LocalExecutor
+from harness.records import RunRecord
+from harness.store import Store
+from harness.track import Event, Track
+
+try:
+    import ray
+except ImportError as error:
+    raise UserError("--executor ray needs Ray: pip install 'adapt-pruner-harness[ray]'") from error
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What every track reserves on its node."""
+
+    num_cpus: float = 1
+    """Also its threads, unless the track says otherwise."""
+    num_gpus: float = 0
+    memory: int | None = None
+    """Bytes; None reserves none."""
+
+
+class RayExecutor:
+    """Runs tracks as Ray tasks. A track whose node or worker dies is given to another node, with the runs it lacks.
+
+    The results folder must be the same on every node (a shared file system), and so must this package's version.
+
+    Args:
+        address: of the cluster, as ``ray.init`` takes it; None starts one on this machine.
+        resources: of every track.
+        attempts: at a track before its missing runs are recorded as failed.
+
+    Raises:
+        UserError: the cluster cannot be reached, or has no node with these resources.
+    """
+
+    def __init__(self, address: str | None, resources: Resources, attempts: int = 3) -> None:
+        try:
+            ray.init(address=address, logging_level="error", log_to_driver=False, ignore_reinit_error=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
+        self.resources = resources
+        self.attempts = attempts
+        self.num_workers = max(1, _slots(resources))
+        self._running: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def cost(self, request: CostRequest) -> ScoringCost:
+        """What scoring will cost on a node of the cluster.
+
+        Raises:
+            UserError: something the user must mend.
+            CostUnknownError: it cannot be estimated for this model.
+        """
+        try:
+            text: str = ray.get(self._task(_cost, max_calls=1).remote(request.model_dump_json()))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        return ScoringCost.model_validate_json(text)
+
+    def run(self, track: Track, on_event: Callable[[Event], None]) -> None:
+        """Run a track to its end; whatever happens to its node, every run of it has a record afterwards.
+
+        Raises:
+            UserError: the track met something the user must mend.
+        """
+        left, reason = {spec.run_id: spec for spec in track.specs}, ""
+
+        def hear(event: Event) -> None:
+            if event.kind == "finished":
+                left.pop(event.run_id, None)
+            on_event(event)
+
+        for _attempt in range(self.attempts):
+            if not left:
+                return
+            try:
+                self._run_once(track.model_copy(update={"specs": tuple(left.values())}), hear)
+                return
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.TaskCancelledError:
+                return
+            except ray.exceptions.RayError as error:  # of the system: a node, a worker or its memory is gone
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        for spec in left.values():
+            Store(track.out).write(
+                RunRecord(spec=spec, status="failed", reason=f"{self.attempts} attempts failed; {reason}")
+            )
+
+    def stop(self) -> None:
+        """Cancel what runs."""
+        with self._lock:
+            for reference in self._running:
+                ray.cancel(reference, force=True)
+
+    def _run_once(self, track: Track, on_event: Callable[[Event], None]) -> None:
+        threads = track.num_threads or max(1, int(self.resources.num_cpus))
+        sent = track.model_copy(update={"num_threads": threads, "out": Path(track.out).resolve()})
+        events = self._task(_run, max_calls=1, num_returns="streaming").remote(sent.model_dump_json())
+        with self._lock:
+            self._running.add(events)
+        try:
+            for event in events:
+                on_event(Event.model_validate_json(ray.get(event)))
+        finally:
+            with self._lock:
+                self._running.discard(events)
+
+    def _task(self, function: Callable[[str], Any], **options: Any) -> Any:
+        """Tried once by Ray: what to try again, and with which runs, is decided here."""
+        wanted = self.resources
+        return ray.remote(
+            num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, memory=wanted.memory, max_retries=0, **options
+        )(function)
+
+
+def _slots(resources: Resources) -> int:
+    """Tracks that the cluster can run at once.
+
+    Raises:
+        UserError: no node can run one.
+    """
+    wanted = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": resources.memory or 0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    slots = sum(
+        int(min((node.get(name, 0.0) / amount for name, amount in wanted.items() if amount), default=1))
+        for node in nodes
+    )
+    if slots == 0:
+        asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+        raise UserError(f"no node of the Ray cluster has {asked} for a track; ask for less or add a node")
+    return slots
+
+
+def _cost(request: str) -> str:
+    return LocalExecutor().cost(CostRequest.model_validate_json(request)).model_dump_json()
+
+
+def _run(track: str) -> Iterator[str]:
+    """The track in a process of its own, as on one machine; its events as they come."""
+    yield from _events(Track.model_validate_json(track))
+
+
+def _events(track: Track) -> Iterator[str]:
+    """What `LocalExecutor.run` tells, as a stream."""
+    told: queue.Queue[str | BaseException | None] = queue.Queue()
+
+    def work() -> None:
+        try:
+            LocalExecutor().run(track, lambda event: told.put(event.model_dump_json()))
+            told.put(None)
+        except BaseException as error:  # passed on to whoever reads the stream
+            told.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while (item := told.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item

@@ -1,0 +1,41 @@
+"""`harness report`: tables from the records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.durable import write_file
+from harness.terminal import console
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the tables; default FOLDER/latest.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also print every pair's difference and p-value.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write index.html, one file to look at, and its figures.")
+    ] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Also write leaderboard.tex, for papers.")] = False,
+) -> None:
+    """Rebuild the leaderboard from records alone."""
+    from harness.compare import write_leaderboard
+    from harness.report import build_leaderboard
+    from harness.store import Store
+
+    leaderboard, target = build_leaderboard(Store(folder)), out or folder / "latest"
+    write_leaderboard(leaderboard, target)
+    if latex:
+        from harness.report.page.latex import to_latex
+
+        write_file(target / "leaderboard.tex", to_latex(leaderboard).encode())
+    if html:
+        from harness.report.page.page import write_page
+
+        page, *figures = write_page(leaderboard, target)
+        console.print(f"{page}, and {len(figures)} figure files beside it", highlight=False)
+    console.print(leaderboard.to_rich())
+    if pairs:
+        console.print(leaderboard.pairs_to_rich())
