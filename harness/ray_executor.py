@@ -57,6 +57,7 @@ class RayExecutor:
         self.num_workers = max(1, _slots(resources))
         self._running: set[Any] = set()
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
 
     def cost(self, request: CostRequest) -> ScoringCost:
         """What scoring will cost on a node of the cluster.
@@ -82,7 +83,8 @@ class RayExecutor:
         def hear(event: Event) -> None:
             if event.kind == "finished":
                 left.pop(event.run_id, None)
-            on_event(event)
+            with self._telling:  # whoever hears need not expect several threads
+                on_event(event)
 
         for _attempt in range(self.attempts):
             if not left:
