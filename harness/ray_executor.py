@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ class RayExecutor:
 
     def __init__(self, address: str | None, resources: Resources, attempts: int = 3) -> None:
         try:
+            _knock(address)
             ray.init(address=address, logging_level="error", log_to_driver=False, ignore_reinit_error=True)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
         self.resources = resources
         self.attempts = attempts
@@ -128,6 +130,17 @@ class RayExecutor:
         return ray.remote(
             num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, memory=wanted.memory, max_retries=0, **options
         )(function)
+
+
+def _knock(address: str | None) -> None:
+    """Fail at once where nobody listens; Ray itself tries for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _slots(resources: Resources) -> int:
