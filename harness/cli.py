@@ -6,7 +6,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -36,9 +36,6 @@ from harness.options import (
 from harness.regress_command import regress
 from harness.report_command import report
 from harness.terminal import complain, console
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Compare structural pruning methods for language models at matched parameter counts.",

@@ -89,7 +89,7 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Name -> colour and marker, the same in every figure of a page."""
     ordered = sorted(dict.fromkeys(names))
     return {
-        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
         for i, name in enumerate(ordered)
     }
 

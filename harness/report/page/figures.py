@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from harness.records import RunRecord
-from harness.report.frame import CHANCE
+from harness.report.frame import CHANCE, task_columns
+from harness.report.notes import row_name
 from harness.report.page.canvas import Figure, grid_of_values, new_plot, styles
 from harness.report.rows import REFERENCE_METHOD, Row
+from harness.report.scores import MMLU
 
 _TICKS = 8
 
@@ -85,7 +87,7 @@ def _against(panel: Panel, style: Mapping[str, Any], name: str, label: str, titl
         f"Commonsense average with its 95% interval over {label}, a point a row of the table; points that would hide "
         f"each other stand side by side. The dashed front joins the rows that no other beats in both: {best}."
     )
-    yield Figure(f"{panel.name}-{name}", f"{title.capitalize()}", caption, plot)
+    yield Figure(f"{panel.name}-{name}", title.capitalize(), caption, plot)
 
 
 def side_by_side(places: Sequence[float]) -> list[float]:
@@ -124,12 +126,7 @@ def _chance_line(axes: Any, frame: pd.DataFrame) -> None:
 def _tasks(panel: Panel) -> Iterator[Figure]:
     """Accuracy of every row on every task; the colour says how far it is from dense."""
     frame = panel.frame
-    tasks = [
-        name[: -len("_ci_low")]
-        for name in frame.columns
-        if name.endswith("_ci_low") and name[: -len("_ci_low")] in frame.columns
-    ]
-    tasks = [task for task in tasks if task not in ("kl_dense", "margin", "margin_delta") and frame[task].notna().any()]
+    tasks = [task for task in [*task_columns(panel.rows), MMLU] if frame[task].notna().any()]
     dense = frame[frame["method"] == REFERENCE_METHOD]
     lines = frame[~frame["method"].isin([CHANCE])]
     if not tasks or dense.empty or len(lines) < 2:
@@ -139,7 +136,7 @@ def _tasks(panel: Panel) -> Iterator[Figure]:
     limit = max(float(np.nanmax(np.abs(change))), 1.0)
     plot, ((axes,),) = new_plot(1.8 + 0.75 * len(tasks), 1.2 + 0.3 * len(lines))
     options = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
-    image = grid_of_values(axes, change, map(line_name, lines.to_dict("records")), tasks, **options)
+    image = grid_of_values(axes, change, map(row_name, panel.rows), tasks, **options)
     axes.tick_params(axis="x", rotation=30)
     for (i, j), score in np.ndenumerate(scores):
         if np.isfinite(score):
@@ -149,12 +146,6 @@ def _tasks(panel: Panel) -> Iterator[Figure]:
     axes.set_title(f"{panel.heading}: accuracy by task, %")
     caption = "Accuracy in percent of every row on every task; red cells lost against dense, blue ones won."
     yield Figure(f"{panel.name}-tasks", "Accuracy by task", caption, plot)
-
-
-def line_name(line: Mapping[Any, Any]) -> str:
-    """``flap 20%``, with the settings that tell it from its like."""
-    settings = "" if pd.isna(line["settings"]) else f" ({line['settings']})"
-    return f"{line['method']} {100 * line['target_sparsity']:.4g}%{settings}"
 
 
 def _widths(panel: Panel) -> Iterator[Figure]:
@@ -173,7 +164,7 @@ def _widths(panel: Panel) -> Iterator[Figure]:
             layers = row.records[0].layers
             counts[i, : len(layers)] = [getattr(layer, unit) for layer in layers]
         share = counts / np.nanmax(counts)
-        names = [_row_label(row) for row in shown] if axes is panes[0][0] else [""] * len(shown)
+        names = [row_name(row) for row in shown] if axes is panes[0][0] else [""] * len(shown)
         ticks = [str(layer) if layer % 5 == 0 else "" for layer in range(depth)]
         image = grid_of_values(axes, 100 * share, names, ticks, cmap="viridis", vmin=0, vmax=100)
         axes.set(title=title, xlabel="layer")
@@ -185,11 +176,6 @@ def _widths(panel: Panel) -> Iterator[Figure]:
         "the residual stream leaves these counts as they are."
     )
     yield Figure(f"{panel.name}-widths", "What was removed where", caption, plot)
-
-
-def _row_label(row: Row) -> str:
-    settings = f" ({row.settings})" if row.settings else ""
-    return f"{row.spec.method} {100 * row.spec.sparsity:.4g}%{settings}"
 
 
 def _importances(panel: Panel) -> Iterator[Figure]:
@@ -204,13 +190,13 @@ def _importances(panel: Panel) -> Iterator[Figure]:
         low, high = np.percentile(steps, [5, 95])
         image = grid_of_values(axes, np.array(steps), labels, ticks, cmap="magma", vmin=low, vmax=high)
         plot.colorbar(image, ax=axes, label="importance (5th to 95th percentile)", extend="both")
-        axes.set(xlabel="layer", ylabel="step", title=f"{panel.heading}: layer importance, {_row_label(row)}")
+        axes.set(xlabel="layer", ylabel="step", title=f"{panel.heading}: layer importance, {row_name(row)}")
         caption = (
-            f"Importance that {_row_label(row)} gave each of {depth} layers before each of its {len(steps)} steps; "
+            f"Importance that {row_name(row)} gave each of {depth} layers before each of its {len(steps)} steps; "
             "bright layers were spared."
         )
         name = f"{panel.name}-importance-{row.records[0].spec.run_id.rpartition('-')[2]}"
-        yield Figure(name, f"Layer importance over the steps, {_row_label(row)}", caption, plot)
+        yield Figure(name, f"Layer importance over the steps, {row_name(row)}", caption, plot)
 
 
 def importance_steps(record: RunRecord) -> list[list[float]]:
@@ -234,10 +220,10 @@ def _losses(panel: Panel, style: Mapping[str, Any]) -> Iterator[Figure]:
         dash = dashes.setdefault(row.spec.sparsity, ("-", "--", ":", "-.")[len(dashes) % 4])
         tokens, losses = zip(*curve, strict=True)
         look = {"linestyle": dash, "linewidth": 1, "markersize": 3, **style[row.spec.method]}
-        axes.plot(tokens, losses, label=_row_label(row), **look)
+        axes.plot(tokens, losses, label=row_name(row), **look)
     axes.set(xlabel="tokens trained on", ylabel="held-out loss, nats a token", title=f"{panel.heading}: training")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    ends = ", ".join(f"{_row_label(row)} {curve[-1][1]:.3f}" for row, curve in curves.items())
+    ends = ", ".join(f"{row_name(row)} {curve[-1][1]:.3f}" for row, curve in curves.items())
     yield Figure(f"{panel.name}-training", "Held-out loss over training", f"Held-out loss at the end: {ends}.", plot)
 
 

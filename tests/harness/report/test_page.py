@@ -115,7 +115,7 @@ def test_several_trainings_are_tables_and_figures_of_their_own(
     names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert names >= {f"smollm2-135m-{figure}" for figure in ("1-size", "1-latency", "1-widths", "2-size", "2-training")}
     assert "smollm2-135m-2-latency" not in names
-    assert "Held-out loss at the end: flap 20% 3.500, slicegpt 20% 3.400." in text
+    assert "Held-out loss at the end: flap at 20% 3.500, slicegpt at 20% 3.400." in text
 
 
 def test_markup_in_names_is_text(store: Store, add_run: Callable[..., RunRecord], tmp_path: Path) -> None:
