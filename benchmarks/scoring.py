@@ -7,9 +7,10 @@ The sides take turns; seconds are medians over the turns, and so are the ratios,
 printed). Stock runs at every batch size in the first turn and at the fastest of them from then on.
 
 Floor: the distinct tokens through the blocks at the speed of a plain batched forward pass, plus the output head at the
-scored positions. Memory is the growth of the resident set while a side runs, sampled. In bfloat16 a second table says
-how far each way of computing is from stock lm-eval in float32: stock bfloat16 (logits too), ours with the float32 head,
-and ours with the residual stream, norms and attention in float32 as well. The last line is one JSON object.
+scored positions; products by the library that ours uses (`harness/cpu.py`), which stock does not. Memory is the growth
+of the resident set while a side runs, sampled. In bfloat16 a second table says how far each way of computing is from
+stock lm-eval in float32: stock bfloat16 (logits too), ours with the float32 head, and ours with the residual stream,
+norms and attention in float32 as well. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from precision import Scores, apart, flips, float32_products, print_table
 
+from harness.cpu import fast_cpu, matmul_library
 from harness.evaluation.forest import grow
 from harness.evaluation.precision import float32_stream
 from harness.evaluation.quiet import quiet, templates_compiled_once
@@ -169,7 +171,7 @@ class Bench:
         head = self.model.get_output_embeddings()
         tokens = torch.randint(0, head.out_features, (rows, typical))
         hidden = torch.randn(min(1024, scored), head.in_features, dtype=head.weight.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), fast_cpu():
             per_token = self._fastest(lambda: self.model.base_model(tokens, use_cache=False)) / tokens.numel()
             per_row = self._fastest(lambda: head(hidden)) / len(hidden)
         return per_token * forest.num_nodes + per_row * scored, forest.num_nodes
@@ -212,9 +214,10 @@ def run(dtype: str, options: argparse.Namespace, exact: dict[str, Scores]) -> di
     bench = Bench(loaded, options)
     lm = TrieScorer(loaded.model, loaded.tokenizer, batch_tokens=options.batch_tokens)
     print(
-        f"\n{options.model}, {dtype}, {torch.get_num_threads()} threads, {options.batch_tokens} tokens at once, "
-        f"{options.turns} turns\ncase                    docs  tokens  stock s   ours s  floor s  stock / ours       "
-        "ours / floor        max diff flips batch stock MB  ours MB"
+        f"\n{options.model}, {dtype}, {torch.get_num_threads()} threads, float32 products by {matmul_library()}, "
+        f"{options.batch_tokens} tokens at once, {options.turns} turns\n"
+        "case                    docs  tokens  stock s   ours s  floor s  stock / ours       ours / floor        "
+        "max diff flips batch stock MB  ours MB"
     )
     timings, tables, seconds = [], [], dict.fromkeys(("stock", "ours", "stream"), 0.0)
 

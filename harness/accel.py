@@ -16,6 +16,7 @@ from adapt_pruner.recipes import Recipe, Round, forecast
 from harness.budget import ParameterTarget
 from harness.calibration import draw_calibration
 from harness.card import Origin, model_card
+from harness.cpu import fast_matmul
 from harness.durable import write_file
 from harness.errors import UserError
 from harness.evaluation.quiet import quiet
@@ -171,7 +172,8 @@ def run_accel(
         on_step=on_step,
     )
     tokens = calibration.tokens.to(loaded.model.device)
-    pruned = plan.method.prune_and_train(loaded, tokens, target, plan.seed, session)
+    with fast_matmul():
+        pruned = plan.method.prune_and_train(loaded, tokens, target, plan.seed, session)
     if accelerator is not None and not accelerator.is_main_process:
         return None
     after = count_parameters(pruned.model.named_parameters())

@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from harness.budget import ParameterTarget
 from harness.calibration import Calibration
 from harness.corpora import load_corpus
+from harness.cpu import fast_matmul
 from harness.efficiency import measured
 from harness.evaluation.heldout import measure_heldout
 from harness.evaluation.heldout_text import HeldOutText
@@ -65,7 +66,7 @@ def make(
     session = _session(context, spec)
     if session is not None and isinstance(method, InterleavedMethod) and spec.sparsity > 0:
         return _make_interleaved(context, method, spec, target, session)
-    with measured(context.track.device) as cost:
+    with measured(context.track.device) as cost, fast_matmul():
         pruned = next(pruned_models)
     made = Made(pruned, {"prune": cost.seconds}, {"prune": cost.peak_bytes}, session)
     params = count_parameters(pruned.model.named_parameters())
@@ -77,7 +78,7 @@ def make(
 def _make_interleaved(
     context: Context, method: InterleavedMethod, spec: RunSpec, target: ParameterTarget, session: Session
 ) -> Made:
-    with measured(context.track.device) as cost:
+    with measured(context.track.device) as cost, fast_matmul():
         pruned = method.prune_and_train(context.loaded, context.tokens, target, spec.seed, session)
     seconds = {"prune": cost.seconds - session.seconds_here, "train": session.seconds}
     return Made(pruned, seconds, {"train": cost.peak_bytes}, session)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from harness.cpu import matmul_library
 from harness.records import Provenance
 
 # What can change a number.
@@ -30,6 +31,7 @@ def provenance(
         data_fingerprints=data_fingerprints,
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         num_threads=torch.get_num_threads(),
+        matmul=matmul_library(),
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

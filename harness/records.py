@@ -215,6 +215,8 @@ class Provenance(Frozen):
     """Task or corpus -> hash of the documents that were scored."""
     device: str
     num_threads: int
+    matmul: Literal["torch", "onednn"] = "torch"
+    """The library that float32 products ran on: what PyTorch calls, or oneDNN where that was faster."""
     started_utc: str
     """ISO 8601."""
 

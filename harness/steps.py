@@ -13,6 +13,7 @@ from harness.budget import target_for
 from harness.calibration import draw_calibration
 from harness.card import Origin, Outcome, matching, model_card
 from harness.cost import CostRequest, describe_cost
+from harness.cpu import fast_matmul
 from harness.errors import UserError
 from harness.export import Exported, export_gguf
 from harness.method import PrunedModel
@@ -72,7 +73,8 @@ def prune_and_save(
     if sparsity > 0:
         longest = getattr(loaded.model.config, "max_position_embeddings", None)
         tokens = draw_calibration(calibration, loaded.tokenizer, seed, longest).tokens.to(device)
-        pruned = next(competitor.prune(loaded, tokens, [target], seed))
+        with fast_matmul():
+            pruned = next(competitor.prune(loaded, tokens, [target], seed))
     after = count_parameters(pruned.model.named_parameters())
     if not target.is_met_by(after, competitor.tolerance):
         raise UserError(f"{method} ended at {after.on(basis):,} {basis} parameters, the target being {target.params:,}")

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness.cost import CostRequest, ScoringCost
+from harness.cpu import fast_cpu
 from harness.errors import UserError
 from harness.evaluation.quiet import quiet, templates_compiled_once
 from harness.evaluation.scorer import TrieScorer
@@ -67,6 +68,7 @@ def scoring_cost(request: CostRequest) -> ScoringCost:
 
 
 @torch.no_grad()
+@fast_cpu()
 def _layers_seconds(model: PreTrainedModel, device: torch.device) -> float:
     """Seconds per token of all layers: of the middle one, with weights of zeros, as the values do not matter."""
     base: Any = model.base_model
@@ -82,6 +84,7 @@ def _layers_seconds(model: PreTrainedModel, device: torch.device) -> float:
 
 
 @torch.no_grad()
+@fast_cpu()
 def _head_seconds(model: PreTrainedModel, device: torch.device) -> float:
     """Seconds per position of the head, in float32 as it is applied."""
     vocabulary: int = model.config.vocab_size

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from harness.cpu import fast_cpu
 from harness.evaluation.attention import AttentionDone, ChunkAttention, Place, attending, forest_attention
 from harness.evaluation.chunks import SHORTEST_TRUNK, Chunk, cut
 from harness.evaluation.forest import Forest, Ints, grow
@@ -66,7 +67,7 @@ def score_tails(
     carried: dict[Place, tuple[Tensor, Tensor]] = {}
     # Merging the attention to a trunk with that to other keys takes the sums of exponentials, which the CPU gives.
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-    with torch.no_grad(), forest_attention(model):
+    with torch.no_grad(), fast_cpu(), forest_attention(model):
         for chunk in cut(forest, batch_tokens, SHORTEST_TRUNK if on_cpu else None):
             attention = ChunkAttention(chunk, carried)
             row, token, sequence = targets.within(chunk)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.cpu import fast_cpu
 from harness.evaluation.forest_pass import NonFiniteOutputError, Progress, describe_break, watching_for_non_finite
 from harness.evaluation.head import kl_divergences, plain_head, token_logprobs
 from harness.evaluation.heldout_text import HeldOutText
@@ -48,6 +49,7 @@ class HeldOutScores:
 
 
 @torch.no_grad()
+@fast_cpu()
 def measure_heldout(
     model: PreTrainedModel,
     text: HeldOutText,

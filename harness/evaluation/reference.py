@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.cpu import fast_matmul, matmul_library
 from harness.durable import disk_errors, remove
 from harness.evaluation.forest_pass import NonFiniteOutputError
 from harness.evaluation.head import plain_head
@@ -95,6 +96,7 @@ def dense_reference(
 
 
 @torch.no_grad()
+@fast_matmul()
 def last_states(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     """Last hidden states, which the head reads; [B, T, hidden_size]."""
     tokens_BT = tokens_BT.to(model.get_input_embeddings().weight.device)
@@ -120,6 +122,7 @@ def _identity(dense: Dense, text: HeldOutText) -> str:
         "dtype": str(dense.model.dtype),
         "device": dense.model.get_input_embeddings().weight.device.type,
         "torch": torch.__version__,
+        "matmul": matmul_library(),
         "transformers": version("transformers"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

@@ -207,6 +207,8 @@ def _versions(rows: Sequence[Row]) -> list[str]:
         packages = ", ".join(f"{name} {version}" for name, version in sorted(provenance.packages.items()))
         commit = f" (commit {provenance.commit})" if provenance.commit else ""
         where = f"{provenance.device}, {provenance.num_threads} threads"
+        if provenance.matmul != "torch":
+            where += f", float32 products by {provenance.matmul}"
         return f"harness {provenance.harness_version}{commit}, {packages}; {where}"
 
     found = _distinct(rows, lambda record: describe(record.provenance) if record.provenance else "")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.cpu import fast_cpu
 from harness.errors import UserError
 from harness.records import TrainingSpec
 from harness.structure import KeepPlan, ModelStructure, apply_plan
@@ -93,8 +94,9 @@ class Trainer:
             TrainingDivergedError: a loss is not finite; the model is left as that step found it.
         """
         self.model.train()
-        while self.step < until:
-            on_step(self._one_step())
+        with fast_cpu():
+            while self.step < until:
+                on_step(self._one_step())
         self.model.eval()
 
     def replace_model(self, model: Any, structure: ModelStructure, plan: KeepPlan, *, carry: bool = True) -> None:

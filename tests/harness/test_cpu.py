@@ -1,0 +1,109 @@
+"""Float32 on the CPU: another library, the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness import cpu
+from harness.cpu import fast_cpu, fast_matmul
+from harness.models import LoadedModel
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor where oneDNN is faster."""
+    monkeypatch.setattr(cpu, "matmul_library", lambda: "onednn")
+
+
+@contextmanager
+def products() -> Iterator[list[str]]:
+    """Names of the products that ran within it."""
+    ran: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.name().split("::")[1].startswith(("mm", "addmm", "_linear_pointwise")):
+                ran.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield ran
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_backward_are_those_of_pytorch_to_float_tolerance(bias: bool) -> None:
+    layer = torch.nn.Linear(160, 320, bias=bias)
+    inputs = torch.randn(2, 100, 160, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        layer.zero_grad()
+        inputs.grad = None
+        out = layer(inputs)
+        out.square().mean().backward()
+        assert inputs.grad is not None
+        return [out.detach(), inputs.grad.clone(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    expected = run()
+    with products() as ran, fast_matmul():
+        found = run()
+    assert ran == ["mkldnn::_linear_pointwise"] * 3  # forward, gradient of the input, gradient of the weight
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 256), (torch.bfloat16, 256), (torch.float32, 16)], ids=str)
+def test_other_types_and_small_products_are_left_alone(dtype: torch.dtype, size: int) -> None:
+    left = torch.randn(size, size, dtype=dtype)
+    with products() as ran, fast_matmul():
+        found = left @ left
+    assert ran == ["aten::mm"]
+    assert torch.equal(found, left @ left)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("rows", [0, 5])
+def test_empty_and_strided_products(rows: int) -> None:
+    left, right = torch.randn(2048, 2 * 64)[:, ::2][: rows * 400], torch.randn(96, 64)
+    with fast_matmul():
+        found = functional.linear(left, right)
+    torch.testing.assert_close(found, functional.linear(left, right), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_entered_twice_it_acts_once_and_is_left_when_the_outer_ends() -> None:
+    with fast_cpu():
+        with fast_cpu():
+            pass
+        assert cpu._OneDnnMatmul.is_active()
+    assert not cpu._OneDnnMatmul.is_active()
+
+
+def test_where_pytorch_is_as_fast_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "matmul_library", lambda: "torch")
+    with products() as ran, fast_matmul():
+        torch.randn(256, 256) @ torch.randn(256, 256)
+    assert ran == ["aten::mm"]
+
+
+def test_the_library_is_one_of_two() -> None:
+    assert cpu.matmul_library() in ("torch", "onednn")
+
+
+@pytest.mark.usefixtures("onednn")
+def test_logits_of_the_embedded_model_are_as_near_to_float64_as_those_of_pytorch(smollm2: LoadedModel) -> None:
+    ids = smollm2.tokenizer("She cut the bread, then the cheese. " * 8, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        exact = copy.deepcopy(smollm2.model).double()(ids).logits
+        stock = smollm2.model(ids).logits
+        with fast_cpu():
+            ours = smollm2.model(ids).logits
+    assert (ours - exact).abs().max() <= 3 * (stock - exact).abs().max()
