@@ -74,6 +74,8 @@ class _OneDnnMatmul(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _onednn(*args)
         if func is torch.ops.aten.addmm.default and not kwargs and args[0].ndim == 1 and _pays(*args[1:]):
             return _onednn(args[1], args[2], args[0])
+        if func is torch.ops.aten.addmm_.default and not kwargs and _pays(*args[1:]):
+            return args[0].add_(_onednn(*args[1:]))
         return func(*args, **(kwargs or {}))
 
 

@@ -26,6 +26,10 @@ SHORTEST_TRUNK = 128
 """Keys that a path must have, and queries below it, to be worth a call of its own."""
 
 
+ALIGNED = 8
+"""Rows that matrix libraries take at once: where it does not divide the number of tokens, oneDNN is a fifth slower."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockGroup:
     """Pieces of a chunk whose attention runs in one call, padded to the largest of them.
@@ -65,6 +69,11 @@ class Chunk:
     groups: tuple[BlockGroup, ...]
     trunks: tuple[Trunk, ...] = ()
     """Keys that the groups leave out."""
+
+    @property
+    def num_padded(self) -> int:
+        """Tokens to run: the chunk's, and what makes their number even for matrix products."""
+        return -(-(self.end - self.start) // ALIGNED) * ALIGNED
 
 
 def cut(forest: Forest, budget: int, shortest_trunk: int | None = None) -> list[Chunk]:

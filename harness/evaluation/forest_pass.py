@@ -118,14 +118,19 @@ def _hidden_states(
 ) -> Tensor:
     """Last hidden states ``[T, hidden_size]`` of a chunk, or of some of its tokens alone."""
     device = model.get_input_embeddings().weight.device
-    token = torch.from_numpy(forest.token[chunk.start : chunk.end]).to(device)
-    position = torch.from_numpy(forest.position[chunk.start : chunk.end]).to(device)
+    padding = (0, chunk.num_padded - (chunk.end - chunk.start))
+    token, position = (
+        torch.from_numpy(np.pad(values[chunk.start : chunk.end], padding)).to(device)
+        for values in (forest.token, forest.position)
+    )
     last = _last_layer(model) if rows is not None and 2 * len(rows) < len(token) else None
     short = nullcontext() if last is None or rows is None else _running_on(last, rows, attention)
     with attending(attention), short:
         out = model.base_model(input_ids=token.unsqueeze(0), position_ids=position.unsqueeze(0), use_cache=False)
     hidden_TC: Tensor = out.last_hidden_state[0]
-    return hidden_TC if last is not None or rows is None else hidden_TC[rows.to(hidden_TC.device)]
+    if rows is None:
+        return hidden_TC[: chunk.end - chunk.start]
+    return hidden_TC if last is not None else hidden_TC[rows.to(hidden_TC.device)]
 
 
 def _last_layer(model: PreTrainedModel) -> nn.Module | None:

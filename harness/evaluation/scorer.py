@@ -210,8 +210,8 @@ class TrieScorer(HFLM):
 
     def _forest_equals_rows(self, head: nn.Linear) -> bool:
         """Whether two short sequences score the same through a forest in small chunks and as rows of their own."""
-        ids = np.arange(1, 20, dtype=np.int64) % head.out_features
-        sequences = [ids[:12], np.concatenate([ids[:7], ids[13:17]])]
+        ids = np.arange(1, 48, dtype=np.int64) % head.out_features
+        sequences = [ids[:30], np.concatenate([ids[:17], ids[31:40]])]
         tails = [ids[:4], ids[4:8]]
         by_row = []
         with torch.no_grad():
@@ -222,8 +222,8 @@ class TrieScorer(HFLM):
                 by_row.append(float(chosen.sum()))
         if not np.isfinite(by_row).all():
             return True  # a broken model: scoring it finds the module and raises
-        by_forest = score_tails(self.model, head, sequences, tails, batch_tokens=9).loglikelihood
-        tolerance = 1e-3 if head.weight.dtype == torch.float32 else 2e-2
+        by_forest = score_tails(self.model, head, sequences, tails, batch_tokens=17).loglikelihood
+        tolerance = 1e-3 if head.weight.dtype.itemsize >= 4 else 2e-2
         return bool(np.allclose(by_row, by_forest, rtol=tolerance, atol=4 * tolerance))
 
 

@@ -79,6 +79,17 @@ def test_empty_and_strided_products(rows: int) -> None:
 
 
 @pytest.mark.usefixtures("onednn")
+def test_products_are_added_in_place() -> None:
+    total, left, right = torch.randn(200, 300), torch.randn(200, 160), torch.randn(160, 300)
+    expected = total + left @ right
+    with products() as ran, fast_matmul():
+        returned = total.addmm_(left, right)
+    assert ran == ["mkldnn::_linear_pointwise"]
+    assert returned is total
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("onednn")
 def test_entered_twice_it_acts_once_and_is_left_when_the_outer_ends() -> None:
     with fast_cpu():
         with fast_cpu():
