@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scoring import CLOCKS, Side, measured
+from scoring import CLOCKS, Run, measured
 from torch.utils.data import Dataset
 from transformers import Trainer as StockTrainer
 from transformers import TrainingArguments
@@ -105,7 +105,7 @@ def main() -> None:
             "trainer": stock(copy.deepcopy(loaded.model), text, spec, options.steps),
             "ours": ours(copy.deepcopy(loaded.model), text, spec, options.steps),
         }
-        found: dict[str, list[Side]] = {name: [] for name in sides}
+        found: dict[str, list[Run]] = {name: [] for name in sides}
         for _ in range(options.turns + 1):
             for name, run in sides.items():
                 with measured(CLOCKS["wall"]) as side:
