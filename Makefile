@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: compare test check slow golden verify gguf-check browser-check ray-check clean
+.PHONY: compare test check slow golden regress verify gguf-check browser-check ray-check clean
 
 compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
@@ -17,6 +17,11 @@ verify: $(INSTALLED)
 
 golden: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m slow tests/baselines tests/adapt_pruner tests/harness/test_cli.py
+
+# Is accuracy worse than in the committed runs? Too few documents to tell (exit code 3) is no failure.
+regress: $(INSTALLED)
+	$(BIN)/harness regress --reference results/reference/ci --candidate results/ci --run \
+	  --tolerance 2.5 --max-loss-increase 0.02 --max-params-ratio 1.0 || [ $$? -eq 3 ]
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp and not ray and not browser"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,18 +16,31 @@ from harness.options import (
     BatchTokens,
     CalibrationLength,
     CalibrationSamples,
+    CalibrationText,
+    Config,
     Device,
     DtypeName,
+    Efficiency,
+    ExecutorName,
+    Force,
     HeldoutTokens,
     Limit,
+    MethodSettings,
     MmluLimit,
     MmluShots,
     Offline,
-    Out,
     Profile,
+    RayAddress,
+    Recovery,
+    RecoveryTokens,
+    ResultsOption,
     RoundTo,
+    ShardName,
     Stream,
     Tasks,
+    TrackCpus,
+    TrackGpus,
+    TrackMemory,
     TrainingSettings,
     TrainingText,
     Uniform,
@@ -36,6 +50,8 @@ from harness.terminal import complain, console
 if TYPE_CHECKING:
     from harness.compare import Executor
     from harness.report import Leaderboard
+    from harness.results import Results
+    from harness.track import Event
 
 
 def compare(
@@ -45,9 +61,7 @@ def compare(
     sparsities: Annotated[str, typer.Option(help="Comma-separated fractions of parameters to remove.")] = "0.2,0.4",
     basis: BasisName = "total",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds; calibration is drawn anew for each.")] = "0",
-    calibration: Annotated[
-        str, typer.Option(help="wikipedia, books, c4, wikitext2, slimpajama, bookcorpus, or a .txt/.jsonl file.")
-    ] = "wikipedia",
+    calibration: CalibrationText = "wikipedia",
     calibration_samples: CalibrationSamples = 64,
     calibration_length: CalibrationLength = 128,
     tasks: Tasks = None,
@@ -57,32 +71,24 @@ def compare(
     mmlu_shots: MmluShots = None,
     heldout_tokens: HeldoutTokens = None,
     offline: Offline = None,
-    efficiency: Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")] = True,
-    set_: Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")] = [],  # noqa: B006
-    config: Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")] = None,
-    recovery: Annotated[
-        str, typer.Option(help="Comma-separated trainings after pruning: none, lora, full; a table for each.")
-    ] = "none",
-    recovery_tokens: Annotated[
-        str, typer.Option(help="Tokens every pruned model is trained on, such as 200k.")
-    ] = "100k",
+    efficiency: Efficiency = True,
+    set_: MethodSettings = [],  # noqa: B006
+    config: Config = None,
+    recovery: Recovery = "none",
+    recovery_tokens: RecoveryTokens = "100k",
     recovery_text: TrainingText = "reading",
     train: TrainingSettings = [],  # noqa: B006
     round_to: RoundTo = None,
     uniform: Uniform = False,
     dtype: DtypeName = "float32",
-    out: Out = Path("results"),
-    force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
-    executor: Annotated[str, typer.Option(help="Where tracks run: local, or ray for a Ray cluster.")] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="Of the cluster, such as auto or HOST:6379; default a new one on this machine.")
-    ] = None,
-    track_cpus: Annotated[float, typer.Option(help="Cores that a track reserves on its node of the cluster.")] = 1,
-    track_gpus: Annotated[float, typer.Option(help="GPUs, likewise.")] = 0,
-    track_memory: Annotated[str | None, typer.Option(help="Bytes of memory, likewise, such as 24B or 500M.")] = None,
-    shard: Annotated[
-        str | None, typer.Option(help="K/N: make the K-th of N parts alone; `harness merge` joins their folders.")
-    ] = None,
+    out: ResultsOption = "results",
+    force: Force = False,
+    executor: ExecutorName = "local",
+    ray_address: RayAddress = None,
+    track_cpus: TrackCpus = 1,
+    track_gpus: TrackGpus = 0,
+    track_memory: TrackMemory = None,
+    shard: ShardName = None,
     device: Device = "cpu",
     batch_tokens: BatchTokens = 4096,
     stream: Stream = False,
@@ -92,19 +98,19 @@ def compare(
     from harness.parsing import one_shard
     from harness.progress import ComparisonProgress
     from harness.request import comparison_from
-    from harness.store import Store
+    from harness.results import results_at
 
     given = {k for k in context.params if (source := context.get_parameter_source(k)) and source.name != "DEFAULT"}
     comparison, part = comparison_from(context.params, given, config), one_shard(shard)
-    store = Store(out)
-    store.require_writable()
+    results = results_at(out)
+    results.require_writable()
     try:
-        with ComparisonProgress(console) as progress:
+        with _handed_over(results), ComparisonProgress(console) as progress:
             leaderboard = run_comparison(
                 comparison,
-                store,
-                _executor(executor, ray_address, track_cpus, track_gpus, track_memory),
-                progress.event,
+                results.store,
+                _executor(executor, results, ray_address, track_cpus, track_gpus, track_memory),
+                _with_push(progress.event, results),
                 on_plan=progress.plan,
                 on_cost=progress.say,
                 force=force,
@@ -117,15 +123,40 @@ def compare(
     except KeyboardInterrupt:
         complain("stopped; finished runs are kept, and the same command goes on with the rest")
         sys.exit(130)
-    sys.exit(_show(leaderboard, out / "latest"))
+    sys.exit(_show(leaderboard, results))
 
 
-def _executor(name: str, address: str | None, cpus: float, gpus: float, memory: str | None) -> Executor:
+@contextmanager
+def _handed_over(results: Results) -> Iterator[None]:
+    """Runs that others made are fetched before the block, and those that it made are handed over however it ends."""
+    results.pull()
+    before = set(results.store.run_ids())
+    try:
+        yield
+    finally:
+        results.push(run_id for run_id in results.store.run_ids() if run_id not in before)
+
+
+def _with_push(hear: Callable[[Event], None], results: Results) -> Callable[[Event], None]:
+    """What hears of progress, and hands over every run that is finished."""
+
+    def told(event: Event) -> None:
+        hear(event)
+        if event.kind == "finished":
+            results.push([event.run_id])
+
+    return told
+
+
+def _executor(
+    name: str, results: Results, address: str | None, cpus: float, gpus: float, memory: str | None
+) -> Executor:
     """Where tracks will run.
 
     Raises:
         UserError: there is no such executor, or no cluster.
     """
+    from harness.doctor import memory_of
     from harness.executors import LocalExecutor
     from harness.parsing import large_number, one_of
 
@@ -134,10 +165,10 @@ def _executor(name: str, address: str | None, cpus: float, gpus: float, memory: 
     from harness.ray_executor import RayExecutor, Resources
 
     reserved = None if memory is None else large_number("track-memory", memory)
-    return RayExecutor(address, Resources(cpus, gpus, reserved))
+    return RayExecutor(address, Resources(cpus, gpus, reserved), results, memory_of)
 
 
-def _show(leaderboard: Leaderboard, folder: Path) -> int:
+def _show(leaderboard: Leaderboard, results: Results) -> int:
     """Write and print a table; the exit code.
 
     Raises:
@@ -145,30 +176,35 @@ def _show(leaderboard: Leaderboard, folder: Path) -> int:
     """
     from harness.compare import write_leaderboard
 
+    folder = results.store.root / "latest"
     write_leaderboard(leaderboard, folder)
+    results.publish(folder)
     console.print(leaderboard.to_rich())
-    console.print(f"{folder / 'leaderboard.csv'} and leaderboard.md hold this table", highlight=False)
+    console.print(f"{results.shown}/latest/leaderboard.csv and leaderboard.md hold this table", highlight=False)
     if (reason := leaderboard.why_nothing_ran) is not None:
         raise UserError(reason)
     return leaderboard.exit_code
 
 
 def merge(
-    folders: Annotated[list[Path], typer.Argument(help="Results folders, such as those of `compare --shard`.")],
-    out: Annotated[Path, typer.Option(help="Results folder that gets their runs; may hold some already.")],
+    folders: Annotated[list[str], typer.Argument(help="Results folders or URLs, such as those of `compare --shard`.")],
+    out: Annotated[str, typer.Option(help="Results folder or URL that gets their runs; may hold some already.")],
 ) -> None:
     """Join results folders, and show the table of all their runs."""
     from harness.merging import merge as merge_stores
     from harness.report import build_leaderboard
-    from harness.store import Store
+    from harness.results import results_at
 
-    into = Store(out)
+    into, others = results_at(out), [results_at(folder) for folder in folders]
     into.require_writable()
-    merged = merge_stores(into, [Store(folder) for folder in folders])
+    for results in (into, *others):
+        results.pull()
+    merged = merge_stores(into.store, [other.store for other in others])
+    into.push(into.store.run_ids())
     console.print(f"{merged.copied} runs copied, {merged.known} known already", highlight=False)
     for run_id in merged.differing:
         complain(f"{run_id}: there already with other numbers, which stay")
-    sys.exit(_show(build_leaderboard(into), out / "latest"))
+    sys.exit(_show(build_leaderboard(into.store), into))
 
 
 def _command_line() -> str:

@@ -16,6 +16,7 @@ from harness.models.prospect import Prospect, prospect
 from harness.records import CalibrationSpec, Dtype, ModelRef
 from harness.registry import build_method, known_methods
 from harness.structure import count_parameters, describe
+from harness.track import Track
 
 RESULTS_BYTES = 200 * 2**20
 """Records and per-document scores of a full comparison, generously."""
@@ -108,25 +109,49 @@ def diagnose(
         UserError: the model is unknown, or its architecture cannot be pruned.
     """
     seen = prospect(ref)
-    params = count_parameters(seen.model.named_parameters())
-    itemsize = torch.finfo(getattr(torch, dtype)).bits // 8
-    footprint = Footprint(
-        structure=describe(seen.model), params=params, vocab_size=seen.model.config.vocab_size,
-        bytes_per_weight=itemsize, num_samples=calibration.num_samples, num_tokens=calibration.num_tokens,
-        streamed=stream,
-    )  # fmt: skip
+    footprint = _footprint(seen, dtype, calibration, stream=stream)
     name, memory = _device(device)
     return Diagnosis(
-        prospect=seen, num_params=params.total, dtype=dtype, weight_bytes=footprint.weight_bytes, device=device,
-        device_name=name, memory_bytes=memory, disk_bytes=seen.download_bytes + RESULTS_BYTES,
+        prospect=seen, num_params=footprint.params.total, dtype=dtype, weight_bytes=footprint.weight_bytes,
+        device=device, device_name=name, memory_bytes=memory, disk_bytes=seen.download_bytes + RESULTS_BYTES,
         free_disk_bytes=_free_disk(seen.cache),
         methods=tuple(_need(method, footprint, batch_tokens) for method in methods), streamed=stream,
     )  # fmt: skip
 
 
+def memory_of(track: Track) -> int | None:
+    """Bytes of a machine's memory that a track takes; None where its model lies on another device.
+
+    Raises:
+        UserError: the model is unknown, or its architecture cannot be pruned.
+    """
+    spec = track.specs[0]
+    if torch.device(track.device).type != "cpu":
+        return None
+    footprint = _footprint(prospect(spec.model), spec.dtype, spec.calibration or CalibrationSpec(), stream=track.stream)
+    need = _need(spec.method, footprint, track.batch_tokens).peak_bytes
+    if spec.recovery is None:
+        return need
+    how = spec.recovery
+    training = footprint.training_bytes(how.micro_batch_tokens, checkpointing=how.gradient_checkpointing)
+    return max(need, training)
+
+
 def methods_to_check(names: str) -> list[str]:
     """Comma-separated names, or all."""
     return list(known_methods()) if names == "all" else [name.strip() for name in names.split(",")]
+
+
+def _footprint(seen: Prospect, dtype: Dtype, calibration: CalibrationSpec, *, stream: bool) -> Footprint:
+    return Footprint(
+        structure=describe(seen.model),
+        params=count_parameters(seen.model.named_parameters()),
+        vocab_size=seen.model.config.vocab_size,
+        bytes_per_weight=torch.finfo(getattr(torch, dtype)).bits // 8,
+        num_samples=calibration.num_samples,
+        num_tokens=calibration.num_tokens,
+        streamed=stream,
+    )
 
 
 def _need(name: str, footprint: Footprint, batch_tokens: int) -> MethodNeed:

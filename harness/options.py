@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-Out = Annotated[Path, typer.Option(help="Results folder.")]
+ResultsOption = Annotated[str, typer.Option(help="Results folder, or its URL, such as s3://bucket/results.")]
+ResultsArgument = Annotated[str, typer.Argument(help="A results folder, or its URL.")]
 Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Read layers from their files as they run: for models larger than memory.")
@@ -35,3 +36,27 @@ Uniform = Annotated[bool, typer.Option("--uniform", help="One MLP width and numb
 DtypeName = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 BasisName = Annotated[str, typer.Option(help="Of which parameters: total or non-embedding.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens scored at once.")]
+
+Recovery = Annotated[
+    str, typer.Option(help="Comma-separated trainings after pruning: none, lora, full; a table for each.")
+]
+RecoveryTokens = Annotated[str, typer.Option(help="Tokens every pruned model is trained on, such as 200k.")]
+CalibrationText = Annotated[
+    str, typer.Option(help="wikipedia, books, c4, wikitext2, slimpajama, bookcorpus, or a .txt/.jsonl file.")
+]
+Efficiency = Annotated[bool, typer.Option(help="Time every model beside the dense one, count its MACs.")]
+MethodSettings = Annotated[list[str], typer.Option("--set", help="A method's setting, such as flap.metric=wifn.")]
+Config = Annotated[Path | None, typer.Option(help="A .toml file with the same settings; flags win.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again what is done.")]
+ExecutorName = Annotated[str, typer.Option(help="Where tracks run: local, or ray for a Ray cluster.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Of the cluster, such as auto or HOST:6379; default a new one on this machine.")
+]
+TrackCpus = Annotated[float, typer.Option(help="Cores that a track reserves on its node of the cluster.")]
+TrackGpus = Annotated[float, typer.Option(help="GPUs, likewise.")]
+TrackMemory = Annotated[
+    str | None, typer.Option(help="Bytes of memory, likewise, such as 24B or 500M; default what the method needs.")
+]
+ShardName = Annotated[
+    str | None, typer.Option(help="K/N: make the K-th of N parts alone; `harness merge` joins their folders.")
+]

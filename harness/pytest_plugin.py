@@ -49,12 +49,13 @@ def no_regression() -> NoRegression:
         **limits: float | None,
     ) -> Regression:
         from harness.regression import Limits, regress, to_markdown
-        from harness.store import Store
+        from harness.results import results_at
 
         given = {name: limit for name, limit in limits.items() if limit is not None}
-        found = regress(
-            Store(Path(reference)), Store(Path(candidate)), Limits(**given), allow_different=allow_different
-        )
+        ours, theirs = results_at(str(reference)), results_at(str(candidate))
+        for results in (ours, theirs):
+            results.pull()
+        found = regress(ours.store, theirs.store, Limits(**given), allow_different=allow_different)
         if found.verdict == "fail" or (found.verdict == "cannot tell" and not allow_cannot_tell):
             pytest.fail(to_markdown(found), pytrace=False)
         return found

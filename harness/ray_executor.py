@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from harness.cost import CostRequest, ScoringCost
 from harness.errors import UserError
 from harness.executors import LocalExecutor
 from harness.records import RunRecord
+from harness.results import Results, results_at
 from harness.store import Store
 from harness.track import Event, Track
 
@@ -31,30 +33,42 @@ class Resources:
     """Also its threads, unless the track says otherwise."""
     num_gpus: float = 0
     memory: int | None = None
-    """Bytes; None reserves none."""
+    """Bytes; None reserves what each track is thought to need."""
 
 
 class RayExecutor:
     """Runs tracks as Ray tasks. A track whose node or worker dies is given to another node, with the runs it lacks.
 
-    The results folder must be the same on every node (a shared file system), and so must this package's version.
+    The results folder must be the same on every node (a shared file system, or object storage by its URL), and so must
+    this package's version.
 
     Args:
         address: of the cluster, as ``ray.init`` takes it; None starts one on this machine.
         resources: of every track.
+        results: where runs go; with a URL, nodes share that and no folder.
+        memory_of: bytes that a track is thought to need; None where that is not known.
         attempts: at a track before its missing runs are recorded as failed.
 
     Raises:
         UserError: the cluster cannot be reached, or has no node with these resources.
     """
 
-    def __init__(self, address: str | None, resources: Resources, attempts: int = 3) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        resources: Resources,
+        results: Results,
+        memory_of: Callable[[Track], int | None] = lambda _track: None,
+        attempts: int = 3,
+    ) -> None:
         try:
             _knock(address)
             ray.init(address=address, logging_level="error", log_to_driver=False, ignore_reinit_error=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
         self.resources = resources
+        self.results = results
+        self.memory_of = memory_of
         self.attempts = attempts
         self.num_workers = max(1, _slots(resources))
         self._running: set[Any] = set()
@@ -69,7 +83,7 @@ class RayExecutor:
             CostUnknownError: it cannot be estimated for this model.
         """
         try:
-            text: str = ray.get(self._task(_cost, max_calls=1).remote(request.model_dump_json()))
+            text: str = ray.get(self._task(_cost, self.resources.memory, max_calls=1).remote(request.model_dump_json()))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         return ScoringCost.model_validate_json(text)
@@ -85,6 +99,7 @@ class RayExecutor:
         def hear(event: Event) -> None:
             if event.kind == "finished":
                 left.pop(event.run_id, None)
+                self.results.pull([event.run_id])
             with self._telling:  # whoever hears need not expect several threads
                 on_event(event)
 
@@ -93,6 +108,7 @@ class RayExecutor:
                 return
             try:
                 self._run_once(track.model_copy(update={"specs": tuple(left.values())}), hear)
+                self.results.pull(list(left))  # recorded for a process that died
                 return
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
@@ -114,7 +130,8 @@ class RayExecutor:
     def _run_once(self, track: Track, on_event: Callable[[Event], None]) -> None:
         threads = track.num_threads or max(1, int(self.resources.num_cpus))
         sent = track.model_copy(update={"num_threads": threads, "out": Path(track.out).resolve()})
-        events = self._task(_run, max_calls=1, num_returns="streaming").remote(sent.model_dump_json())
+        task = self._task(_run, self._memory(track), max_calls=1, num_returns="streaming")
+        events = task.remote(sent.model_dump_json(), self.results.url)
         with self._lock:
             self._running.add(events)
         try:
@@ -124,12 +141,23 @@ class RayExecutor:
             with self._lock:
                 self._running.discard(events)
 
-    def _task(self, function: Callable[[str], Any], **options: Any) -> Any:
+    def _memory(self, track: Track) -> int | None:
+        """Bytes that a track reserves.
+
+        Raises:
+            UserError: no node has them.
+        """
+        memory = self.resources.memory or self.memory_of(track)
+        if memory is not None:
+            _slots(replace(self.resources, memory=memory))
+        return memory
+
+    def _task(self, function: Callable[..., Any], memory: int | None = None, **options: Any) -> Any:
         """Tried once by Ray: what to try again, and with which runs, is decided here."""
         wanted = self.resources
-        return ray.remote(
-            num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, memory=wanted.memory, max_retries=0, **options
-        )(function)
+        return ray.remote(num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, memory=memory, max_retries=0, **options)(
+            function
+        )
 
 
 def _knock(address: str | None) -> None:
@@ -156,7 +184,11 @@ def _slots(resources: Resources) -> int:
         for node in nodes
     )
     if slots == 0:
-        asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+        asked = ", ".join(
+            f"{amount:g} {name}" if name != "memory" else f"{amount / 2**30:.1f} GiB of memory"
+            for name, amount in wanted.items()
+            if amount
+        )
         raise UserError(f"no node of the Ray cluster has {asked} for a track; ask for less or add a node")
     return slots
 
@@ -165,18 +197,34 @@ def _cost(request: str) -> str:
     return LocalExecutor().cost(CostRequest.model_validate_json(request)).model_dump_json()
 
 
-def _run(track: str) -> Iterator[str]:
+def _run(track: str, url: str | None) -> Iterator[str]:
     """The track in a process of its own, as on one machine; its events as they come."""
-    yield from _events(Track.model_validate_json(track))
+    given = Track.model_validate_json(track)
+    if url is None:
+        yield from _events(given, lambda _event: None)
+        return
+    with tempfile.TemporaryDirectory(prefix="harness-results-") as folder:
+        results = results_at(url, Path(folder))
+
+        def push(event: Event) -> None:
+            if event.kind == "finished":
+                results.push([event.run_id])
+
+        yield from _events(given.model_copy(update={"out": Path(folder)}), push)
+        results.push([spec.run_id for spec in given.specs])  # those recorded for a process that died
 
 
-def _events(track: Track) -> Iterator[str]:
-    """What `LocalExecutor.run` tells, as a stream."""
+def _events(track: Track, hear: Callable[[Event], None]) -> Iterator[str]:
+    """What `LocalExecutor.run` tells, as a stream; told to ``hear`` first."""
     told: queue.Queue[str | BaseException | None] = queue.Queue()
+
+    def pass_on(event: Event) -> None:
+        hear(event)
+        told.put(event.model_dump_json())
 
     def work() -> None:
         try:
-            LocalExecutor().run(track, lambda event: told.put(event.model_dump_json()))
+            LocalExecutor().run(track, pass_on)
             told.put(None)
         except BaseException as error:  # passed on to whoever reads the stream
             told.put(error)

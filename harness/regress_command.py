@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,10 +12,14 @@ from harness.errors import UserError
 from harness.options import BatchTokens, Device
 from harness.terminal import complain, console
 
+if TYPE_CHECKING:
+    from harness.results import Results
+    from harness.store import Store
+
 
 def regress(
-    reference: Annotated[Path, typer.Option(help="Results folder to hold on to.")],
-    candidate: Annotated[Path, typer.Option(help="Results folder made with what is under test.")],
+    reference: Annotated[str, typer.Option(help="Results folder, or its URL, to hold on to.")],
+    candidate: Annotated[str, typer.Option(help="Results folder or URL, made with what is under test.")],
     run: Annotated[bool, typer.Option("--run", help="Make the candidate, by the reference's specs.")] = False,
     tolerance: Annotated[float, typer.Option(help="Points that the average may drop.")] = 1.0,
     min_recovery: Annotated[
@@ -42,12 +46,15 @@ def regress(
     """Is the candidate's accuracy worse than the reference's for real? Exit code 0 pass, 1 fail, 3 cannot tell."""
     from harness.regression import Limits, to_annotations, to_junit, to_markdown
     from harness.regression import regress as compare_with_reference
-    from harness.store import Store
+    from harness.results import results_at
 
     limits = Limits(tolerance, min_recovery, max_loss_increase, max_params_ratio, max_time_ratio)
+    ours, theirs = results_at(reference), results_at(candidate)
+    ours.pull()
     if run:
-        _make_candidate(reference, candidate, device, batch_tokens)
-    found = compare_with_reference(Store(reference), Store(candidate), limits, allow_different=allow_different)
+        _make_candidate(ours.store, theirs, device, batch_tokens)
+    theirs.pull()
+    found = compare_with_reference(ours.store, theirs.store, limits, allow_different=allow_different)
     for path, write in ((markdown, to_markdown), (junit, to_junit)):
         if path is not None:
             path.write_text(write(found), encoding="utf-8")
@@ -57,18 +64,17 @@ def regress(
     sys.exit(found.exit_code)
 
 
-def _make_candidate(reference: Path, candidate: Path, device: str, batch_tokens: int) -> None:
+def _make_candidate(reference: Store, candidate: Results, device: str, batch_tokens: int) -> None:
     """Run every finished spec of the reference anew: a record does not tell that the code has changed since."""
     from harness.compare import make_runs, tracks_of
     from harness.executors import LocalExecutor
     from harness.progress import ComparisonProgress
-    from harness.store import Store
 
-    tracks = tracks_of(record.spec for record in Store(reference).records() if record.status == "ok")
-    store = Store(candidate)
-    if store.root.resolve() == reference.resolve():
+    tracks = tracks_of(record.spec for record in reference.records() if record.status == "ok")
+    store = candidate.store
+    if store.root.resolve() == reference.root.resolve():
         raise UserError("--candidate is the reference itself, which --run would overwrite; name another folder")
-    store.require_writable()
+    candidate.require_writable()
     try:
         with ComparisonProgress(console) as progress:
             make_runs(
@@ -84,3 +90,4 @@ def _make_candidate(reference: Path, candidate: Path, device: str, batch_tokens:
     except KeyboardInterrupt:
         complain("stopped; nothing was compared")
         sys.exit(130)
+    candidate.push(store.run_ids())

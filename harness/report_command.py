@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from harness.durable import write_file
+from harness.options import ResultsArgument
 from harness.terminal import console
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    folder: ResultsArgument,
     out: Annotated[Path | None, typer.Option(help="Where to write the tables; default FOLDER/latest.")] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Also print every pair's difference and p-value.")] = False,
     html: Annotated[
@@ -23,9 +24,12 @@ def report(
     """Rebuild the leaderboard from records alone."""
     from harness.compare import write_leaderboard
     from harness.report import build_leaderboard
-    from harness.store import Store
+    from harness.results import results_at
 
-    leaderboard, target = build_leaderboard(Store(folder)), out or folder / "latest"
+    results = results_at(folder)
+    results.pull()
+    store = results.store
+    leaderboard, target = build_leaderboard(store), out or store.root / "latest"
     write_leaderboard(leaderboard, target)
     if latex:
         from harness.report.page.latex import to_latex
@@ -36,6 +40,8 @@ def report(
 
         page, *figures = write_page(leaderboard, target)
         console.print(f"{page}, and {len(figures)} figure files beside it", highlight=False)
+    if out is None:
+        results.publish(target)
     console.print(leaderboard.to_rich())
     if pairs:
         console.print(leaderboard.pairs_to_rich())

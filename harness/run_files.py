@@ -70,6 +70,11 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {name: _read_checked(folder, name, sums) for name in sums} | {SUMS: _read_bytes(folder / SUMS)}
 
 
+def listed_in(sums: bytes) -> dict[str, str]:
+    """File name -> SHA-256, as a file of sums says."""
+    return {name: digest for digest, name in _SUM.findall(sums.decode(errors="replace"))}
+
+
 def read_record(folder: Path) -> RunRecord:
     """The record of a run's folder.
 
@@ -129,9 +134,9 @@ def _read_bytes(path: Path) -> bytes:
 def _read_sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, as written beside them."""
     path = folder / SUMS
-    text = _read_bytes(path).decode(errors="replace")
-    sums = {name: digest for digest, name in _SUM.findall(text)}
-    whole = "".join(f"{digest}  {name}\n" for name, digest in sums.items()) == text
+    data = _read_bytes(path)
+    sums = listed_in(data)
+    whole = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode() == data
     # Without this, losing the line of a file would look like a run that never had it.
     listed = DOCUMENTS in sums or not (folder / DOCUMENTS).exists()
     if not (whole and listed and RECORD in sums):

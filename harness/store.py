@@ -68,9 +68,14 @@ class Store:
         Raises:
             UserError: a record that is there cannot be read.
         """
-        return [spec for spec in specs if not self._is_done(spec.run_id)]
+        return [spec for spec in specs if not self.is_done(spec.run_id)]
 
-    def _is_done(self, run_id: str) -> bool:
+    def is_done(self, run_id: str) -> bool:
+        """Whether the run is here and did not ``fail``.
+
+        Raises:
+            UserError: its record cannot be read.
+        """
         return (self.folder(run_id) / RECORD).exists() and self.load(run_id).status != "failed"
 
     def run_ids(self) -> list[str]:
@@ -119,7 +124,7 @@ class Store:
         Raises:
             UserError: the folder cannot be written to or the disk is full; nothing half-written stays.
         """
-        self._write_files(record.spec.run_id, encode(record, documents))
+        self.put(record.spec.run_id, encode(record, documents))
 
     def adopt(self, other: Store, run_id: str) -> None:
         """Store a copy of another store's run, its files as they are, replacing what is here under that id.
@@ -127,9 +132,14 @@ class Store:
         Raises:
             UserError: the other's run is corrupt, or this folder cannot be written to.
         """
-        self._write_files(run_id, read_all(other.folder(run_id)))
+        self.put(run_id, read_all(other.folder(run_id)))
 
-    def _write_files(self, run_id: str, files: dict[str, bytes]) -> None:
+    def put(self, run_id: str, files: dict[str, bytes]) -> None:
+        """Store a run by its files, as `harness.run_files.encode` makes them; on return they are on the disk.
+
+        Raises:
+            UserError: the folder cannot be written to or the disk is full; nothing half-written stays.
+        """
         fresh = self.runs / f".new-{run_id}-{uuid.uuid4().hex[:8]}"
         with disk_errors(self.root):
             try:

@@ -155,3 +155,17 @@ def add_run(store: Store) -> Callable[..., RunRecord]:
         return record
 
     return add
+
+
+@pytest.fixture
+def put() -> Callable[[Store, str, float], RunRecord]:
+    """``put(store, method, p_right)`` stores a run whose answers are right that often."""
+
+    def put(store: Store, method: str, p_right: float) -> RunRecord:
+        spec = _spec(method)
+        documents = _documents(spec, p_right)
+        record = _record(spec, documents)
+        store.write(record, documents)
+        return record
+
+    return put

@@ -5,34 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from harness.errors import UserError
 from harness.merging import Merged, merge
-from harness.records import RunRecord, RunSpec
+from harness.records import RunRecord
 from harness.run_files import RECORD
 from harness.store import Store
-
-MakeSpec = Callable[..., RunSpec]
-Make = Callable[..., RunRecord]
-MakeDocuments = Callable[..., pd.DataFrame]
-
-
-@pytest.fixture
-def put(
-    make_spec: MakeSpec, make_documents: MakeDocuments, make_record: Make
-) -> Callable[[Store, str, float], RunRecord]:
-    """``put(store, method, p_right)`` stores a run whose answers are right that often."""
-
-    def put(store: Store, method: str, p_right: float) -> RunRecord:
-        spec = make_spec(method)
-        documents = make_documents(spec, p_right)
-        record = make_record(spec, documents)
-        store.write(record, documents)
-        return record
-
-    return put
 
 
 def stores(tmp_path: Path) -> list[Store]:

@@ -16,6 +16,7 @@ from harness.compare import Comparison, compare
 from harness.errors import UserError
 from harness.executors import LocalExecutor
 from harness.records import CalibrationSpec, EvaluationSpec, ModelRef
+from harness.results import Results, results_at
 from harness.store import Store
 from harness.track import Event
 
@@ -52,10 +53,10 @@ def numbers(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[name for name in frame if not name.endswith(("_seconds", "_bytes"))]]
 
 
-def ray_executor(address: str, **resources: Any) -> Any:
+def ray_executor(address: str, results: Results | Path, **resources: Any) -> Any:
     from harness.ray_executor import RayExecutor, Resources
 
-    return RayExecutor(address, Resources(**resources))
+    return RayExecutor(address, Resources(**resources), results if isinstance(results, Results) else Results(results))
 
 
 def test_a_cluster_makes_the_table_of_one_process_and_a_killed_node_loses_nothing(
@@ -63,7 +64,7 @@ def test_a_cluster_makes_the_table_of_one_process_and_a_killed_node_loses_nothin
 ) -> None:
     alone, together = Store(tmp_path / "alone"), Store(tmp_path / "together")
     expected = compare(asked(checkpoint), alone, LocalExecutor(), lambda _event: None)
-    executor = ray_executor(cluster.address, num_cpus=1)
+    executor = ray_executor(cluster.address, together.root, num_cpus=1)
     assert executor.num_workers == 2
     victim, *_ = cluster.worker_nodes
     events: list[Event] = []
@@ -82,9 +83,29 @@ def test_a_cluster_makes_the_table_of_one_process_and_a_killed_node_loses_nothin
     assert {event.run_id for event in events if event.kind == "finished"} == set(together.run_ids())
 
 
-def test_what_no_node_has_is_a_sentence(cluster: Any) -> None:
+def test_nodes_that_share_no_folder_hand_their_runs_over_by_url(cluster: Any, checkpoint: Path, tmp_path: Path) -> None:
+    url = (tmp_path / "bucket").as_uri()
+    results = results_at(url, tmp_path / "mirror")
+    found = compare(
+        asked(checkpoint), results.store, ray_executor(cluster.address, results, num_cpus=1), lambda _event: None
+    )
+    fresh = results_at(url, tmp_path / "elsewhere")
+    fresh.pull()
+    assert fresh.store.run_ids() == results.store.run_ids()
+    assert {record.status for record in fresh.store.records()} == {"ok"}
+    assert len(found.frame) == 7
+
+
+def test_a_track_that_no_node_has_the_memory_for_is_a_sentence(cluster: Any, checkpoint: Path, tmp_path: Path) -> None:
+    executor = ray_executor(cluster.address, tmp_path, num_cpus=1)
+    executor.memory_of = lambda _track: 2**50
+    with pytest.raises(UserError, match=r"no node of the Ray cluster has 1 CPU, 1048576\.0 GiB of memory for a track"):
+        compare(asked(checkpoint), Store(tmp_path), executor, lambda _event: None)
+
+
+def test_what_no_node_has_is_a_sentence(cluster: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no node of the Ray cluster has 64 CPU for a track"):
-        ray_executor(cluster.address, num_cpus=64)
+        ray_executor(cluster.address, tmp_path, num_cpus=64)
 
 
 def test_a_users_mistake_comes_back_from_the_cluster(cluster: Any, checkpoint: Path, tmp_path: Path) -> None:
@@ -92,12 +113,12 @@ def test_a_users_mistake_comes_back_from_the_cluster(cluster: Any, checkpoint: P
         update={"calibration": CalibrationSpec(source="nowhere.txt"), "methods": ("flap",)}
     )
     with pytest.raises(UserError, match=r"nowhere\.txt"):
-        compare(wrong, Store(tmp_path), ray_executor(cluster.address, num_cpus=1), lambda _event: None)
+        compare(wrong, Store(tmp_path), ray_executor(cluster.address, tmp_path, num_cpus=1), lambda _event: None)
 
 
-def test_an_address_without_a_cluster_is_a_sentence() -> None:
+def test_an_address_without_a_cluster_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
-        ray_executor("127.0.0.1:1")
+        ray_executor("127.0.0.1:1", tmp_path)
 
 
 def test_the_command_line_runs_on_the_cluster(cluster: Any, checkpoint: Path, tmp_path: Path) -> None:
