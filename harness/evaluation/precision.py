@@ -22,6 +22,9 @@ def float32_stream(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     handles = [model.get_input_embeddings().register_forward_hook(_widen)]
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):  # for whoever asks the model itself for logits
+        handles.append(head.register_forward_pre_hook(_narrow))
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(_narrow))

@@ -24,8 +24,9 @@ def test_the_stream_is_float32_and_nearer_to_a_float32_model(make_tiny: Callable
     rounded = make_tiny(shape, torch.bfloat16).model
     exact = states(make_tiny(shape, torch.bfloat16).model.float())  # the same rounded weights
     plain = states(rounded)
-    with float32_stream(rounded):
+    with float32_stream(rounded), torch.no_grad():
         mixed = states(rounded)
+        assert rounded(TOKENS).logits.dtype == torch.bfloat16
     assert (plain.dtype, mixed.dtype) == (torch.bfloat16, torch.float32)
     assert (mixed - exact).abs().mean() < (plain.float() - exact).abs().mean()
     assert torch.equal(states(rounded), plain)  # all is put back
