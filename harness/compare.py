@@ -266,9 +266,3 @@ def _costs(specs: Sequence[RunSpec], executor: Executor, cache: Path, options: d
             yield f"What scoring {first.model.name} will cost is not known: {error}"
         else:
             yield describe_cost(first.model.name, cost, [(spec.sparsity, spec.basis) for spec in group])
-
-
-def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> None:
-    """Write ``leaderboard.csv`` and ``leaderboard.md`` into a folder."""
-    leaderboard.to_csv(folder / "leaderboard.csv")
-    leaderboard.to_markdown_file(folder / "leaderboard.md")

@@ -174,10 +174,8 @@ def _show(leaderboard: Leaderboard, results: Results) -> int:
     Raises:
         UserError: no method could do what was asked.
     """
-    from harness.compare import write_leaderboard
-
     folder = results.store.root / "latest"
-    write_leaderboard(leaderboard, folder)
+    leaderboard.write(folder)
     results.publish(folder)
     console.print(leaderboard.to_rich())
     console.print(f"{results.shown}/latest/leaderboard.csv and leaderboard.md hold this table", highlight=False)

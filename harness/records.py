@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -146,7 +148,7 @@ class RunSpec(Frozen):
     recovery: TrainingSpec | None = None
     """How the model is trained after pruning, or between its steps; None trains it not at all."""
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """Readable slug and content hash, such as ``smollm2-135m--flap--s0.20--7693c52dec``."""
         # Without what is None, so that a setting that later versions add leaves the ids of older runs as they are.
@@ -155,6 +157,12 @@ class RunSpec(Frozen):
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         model = "".join(c if c.isalnum() or c in ".-_" else "-" for c in self.model.name.rsplit("/", 1)[-1])
         return f"{model}--{self.method}--s{self.sparsity:.2f}--{digest}"
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> RunSpec:
+        """As pydantic makes it, but a changed copy has an id of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("run_id", None)
+        return copied
 
 
 class ParamCounts(Frozen):

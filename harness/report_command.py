@@ -22,7 +22,6 @@ def report(
     latex: Annotated[bool, typer.Option("--latex", help="Also write leaderboard.tex, for papers.")] = False,
 ) -> None:
     """Rebuild the leaderboard from records alone."""
-    from harness.compare import write_leaderboard
     from harness.report import build_leaderboard
     from harness.results import results_at
 
@@ -30,7 +29,7 @@ def report(
     results.pull()
     store = results.store
     leaderboard, target = build_leaderboard(store), out or store.root / "latest"
-    write_leaderboard(leaderboard, target)
+    leaderboard.write(target)
     if latex:
         from harness.report.page.latex import to_latex
 

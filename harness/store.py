@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import time
 import uuid
@@ -28,6 +29,21 @@ from harness.run_files import RECORD, encode, read_all, read_documents, read_rec
 
 LEFTOVER_SECONDS = 24 * 3600.0
 """Age from which a hidden folder cannot belong to a process that still writes it."""
+
+
+_WITHOUT_ITS_WAY: dict[str, object] = {"trace": {}, "layers": (), "traceback": None}
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Millions of objects are made and stay: looking for garbage among them again and again takes most of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Store:
@@ -95,6 +111,19 @@ class Store:
             UserError: on reaching a record that is corrupt or of an unknown format version.
         """
         return (self.load(run_id) for run_id in self.run_ids())
+
+    def summaries(self, run_ids: Iterable[str] | None = None) -> list[RunRecord]:
+        """Records without what tells of a run's way (trace, layers, traceback), so that many fit into memory.
+
+        Args:
+            run_ids: of the runs wanted, in this order; None takes all, sorted.
+
+        Raises:
+            UserError: a record is missing, corrupt or of an unknown format version.
+        """
+        with _collector_paused():
+            wanted = self.run_ids() if run_ids is None else run_ids
+            return [self.load(run_id).model_copy(update=_WITHOUT_ITS_WAY) for run_id in wanted]
 
     def load(self, run_id: str) -> RunRecord:
         """The record of one run.

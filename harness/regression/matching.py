@@ -84,9 +84,8 @@ def count_differences(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _records(store: Store) -> dict[str, RunRecord]:
-    # Ten thousand records fit into memory without what methods tell about their way.
-    slim: dict[str, object] = {"trace": {}, "layers": (), "traceback": None}
-    records = {record.spec.run_id: record.model_copy(update=slim) for record in store.records()}
+    run_ids = store.run_ids()
+    records = dict(zip(run_ids, store.summaries(run_ids), strict=True))
     if not records:
         raise UserError(f"{store.root} has no runs; pass a results folder, as `harness compare --out` writes it")
     return records
@@ -112,6 +111,8 @@ def _pair(reference: RunRecord, candidate: RunRecord) -> Pair:
 
 def _differences(reference: RunRecord, candidate: RunRecord) -> Iterable[str]:
     origins = reference.provenance, candidate.provenance
+    if reference.spec == candidate.spec and _parts(origins[0]) == _parts(origins[1]):
+        return
     ours, theirs = (flatten(record.spec.model_dump(mode="json")) for record in (reference, candidate))
     if origins[0] and origins[1]:  # a run that failed early has none
         ours, theirs = ours | _origin(origins[0]), theirs | _origin(origins[1])
@@ -119,6 +120,13 @@ def _differences(reference: RunRecord, candidate: RunRecord) -> Iterable[str]:
         here, there = ours.get(name, "none"), theirs.get(name, "none")
         if here != there:
             yield f"{name}: {here} in the reference, {there} in the candidate"
+
+
+def _parts(provenance: Provenance | None) -> tuple[object, ...] | None:
+    """What `_origin` tells in words."""
+    if provenance is None:
+        return None
+    return provenance.packages, provenance.data_fingerprints, provenance.weights_sha256, provenance.calibration_sha256
 
 
 def _origin(provenance: Provenance) -> dict[str, str]:

@@ -97,8 +97,17 @@ class Leaderboard:
         """
         write_file(path, self.to_markdown().encode())
 
+    def write(self, folder: Path) -> None:
+        """Write ``leaderboard.csv`` and ``leaderboard.md`` into a folder.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        self.to_csv(folder / "leaderboard.csv")
+        self.to_markdown_file(folder / "leaderboard.md")
+
     def to_rich(self) -> Group:
-        """The same for the terminal."""
+        """The same for the terminal, of a long table its first lines."""
         bullets = [Padding(Text(f"• {note}"), (0, 0, 0, 1)) for note in self.notes]
         tables: list[Text | Tables] = []
         for section in self.sections:
@@ -129,7 +138,7 @@ def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, comman
     Raises:
         UserError: there are no runs, or one of them is corrupt.
     """
-    records = list(store.records() if run_ids is None else map(store.load, dict.fromkeys(run_ids)))
+    records = store.summaries(None if run_ids is None else dict.fromkeys(run_ids))
     if not records:
         raise UserError(f"no runs in {store.root}; `harness compare --out {store.root}` makes some")
     rows = group_rows(records)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,6 +13,8 @@ from rich.text import Text
 
 from harness.report.cells import Cell, Column
 
+_MOST_LINES = 200
+"""Of a table: nobody reads thousands in a terminal, and laying them out takes long."""
 _UNBOUNDED = 100_000
 _WIDEST_UNBROKEN = 30
 _NARROW_WORD = 6
@@ -27,16 +29,23 @@ class Tables:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Choose by the width there is."""
-        whole = _table(self.columns)
+        shown = [replace(column, cells=column.cells[:_MOST_LINES]) for column in self.columns]
+        yield from self._fitted(shown, console, options)
+        left = len(self.columns[0].cells) - _MOST_LINES
+        if left > 0:
+            yield Text(f"{left:,} more lines are in leaderboard.md and leaderboard.csv", style="italic")
+
+    def _fitted(self, columns: Sequence[Column], console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = _table(columns)
         needed = console.measure(whole, options=options.update(max_width=_UNBOUNDED)).maximum
         if needed <= options.max_width:
             yield whole
             return
         for part in ("scores", "likelihoods", "tasks", "size and cost", "efficiency"):
-            columns = [column for column in self.columns if column.part in ("name", part)]
-            if any(column.part == part for column in columns):
+            chosen = [column for column in columns if column.part in ("name", part)]
+            if any(column.part == part for column in chosen):
                 yield Text(part, style="italic")
-                yield _table(columns, _NARROW_WORD if part == "tasks" else _UNBOUNDED)
+                yield _table(chosen, _NARROW_WORD if part == "tasks" else _UNBOUNDED)
 
 
 def _table(columns: Sequence[Column], longest_word: int = _UNBOUNDED) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from harness.report.frame import CHANCE
 from harness.report.leaderboard import Leaderboard, Section
 from harness.report.page.canvas import Figure
 from harness.report.page.figures import Panel, draw
+from harness.report.rows import Row
 
 FIGURES = "figures"
 _NUMBER = re.compile(r"^[+-]?[\d,]*\.?\d+")
@@ -97,7 +98,7 @@ def render(leaderboard: Leaderboard, figures: Sequence[Figure], drawn: dict[str,
         notes=leaderboard.notes,
         figures=[(figure, Markup(_described(figure, drawn[figure.name]))) for figure in figures],
         pairs=leaderboard.pairs(),
-        records=[(record, _dump(record)) for row in leaderboard.rows for record in row.records],
+        records=[(record, _dump(record)) for row in leaderboard.rows for record in _whole(leaderboard, row).records],
     )
 
 
@@ -134,10 +135,16 @@ def panels(leaderboard: Leaderboard) -> Iterator[Panel]:
             frame = section.frame
             mine = (frame["model"] == model) & (frame["status"] == "ok")
             rows = tuple(row for row in section.rows if row.spec.model.name == model and row.status == "ok")
+            rows = tuple(_whole(leaderboard, row) for row in rows)
             base = re.sub(r"[^\w.-]+", "-", model.rsplit("/", 1)[-1])
             heading = f"{model}, {section.heading}" if section.heading else model
             name = f"{base}-{number}" if several else base
             yield Panel(name, heading, frame[mine | (frame["method"] == CHANCE)], rows)
+
+
+def _whole(leaderboard: Leaderboard, row: Row) -> Row:
+    """With the way its runs went, which a leaderboard leaves in the store."""
+    return replace(row, records=tuple(leaderboard.store.load(record.spec.run_id) for record in row.records))
 
 
 def _choices(values: Iterator[str]) -> list[str]:
