@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -101,6 +102,25 @@ def test_a_later_attempt_replaces_the_earlier_one_whole(
     assert store.load(stored.spec.run_id) == failed
     assert store.documents(stored.spec.run_id) is None
     assert [p.name for p in store.runs.iterdir()] == [stored.spec.run_id]
+
+
+def test_summaries_leave_out_what_tells_of_a_runs_way_and_keep_its_numbers(store: Store, add_run: Make) -> None:
+    first, second = add_run("flap", 0.2), add_run("slicegpt", 0.2)
+    store.write(first.model_copy(update={"trace": {"steps": [1, 2, 3]}, "traceback": "..."}))
+    wanted = [second.spec.run_id, first.spec.run_id]
+    found = store.summaries(wanted)
+    assert [record.spec.run_id for record in found] == wanted
+    assert [record.measures for record in found] == [second.measures, first.measures]
+    assert [(record.trace, record.traceback) for record in found] == [({}, None)] * 2
+    assert gc.isenabled()
+
+
+def test_a_changed_copy_of_a_spec_has_an_id_of_its_own(make_spec: Callable[..., RunSpec]) -> None:
+    spec = make_spec()
+    before = spec.run_id
+    assert spec.model_copy(update={"seed": 7}).run_id == make_spec(seed=7).run_id != before
+    assert spec == make_spec()  # whose id was never asked for
+    assert "run_id" not in spec.model_dump()
 
 
 def test_records_come_sorted_by_run_id(store: Store, add_run: Make) -> None:

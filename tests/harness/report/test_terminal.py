@@ -1,0 +1,24 @@
+"""Tables on the terminal: as long as somebody reads."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from harness.report.cells import Cell, Column
+from harness.report.terminal import Tables
+
+
+@pytest.mark.parametrize(("lines", "left"), [(200, None), (1250, "1,050 more lines are in leaderboard.md")])
+def test_a_long_table_ends_and_says_where_the_rest_is(lines: int, left: str | None) -> None:
+    cells = tuple(Cell(f"method-{i}") for i in range(lines))
+    scores = tuple(Cell(f"{i}") for i in range(lines))
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(Tables((Column("method", cells, "name"), Column("average", scores, "scores"))))
+    text = shown.getvalue()
+    assert "method-199" in text
+    assert "method-200" not in text
+    assert (left or "") in text
+    assert ("more lines" in text) == (left is not None)
