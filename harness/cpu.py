@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -115,6 +117,24 @@ def _seconds(run: Callable[[], object], repeats: int = 7) -> float:
     return min(times)
 
 
+def return_surplus() -> None:
+    """Give back what is free of the heap where that is more than is meant to be kept.
+
+    Blocks of ever other sizes, as models with other widths in every layer ask for, leave holes between them.
+    """
+    libc = _glibc()
+    if libc is not None:
+        heap = libc.mallinfo2()
+        if _private_bytes() - heap.uordblks - heap.hblkhd > _KEPT:
+            libc.malloc_trim(0)
+
+
+def _private_bytes() -> int:
+    """Resident memory of this process that is no file's."""
+    _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextmanager
 def _freed_memory_kept() -> Iterator[None]:
     libc = _glibc()
@@ -132,9 +152,21 @@ def _freed_memory_kept() -> Iterator[None]:
 
 @cache
 def _glibc() -> Any:
-    """The C library of this process; None where it is not glibc."""
+    """The C library of this process; None where it is not glibc on Linux."""
     try:
         libc = ctypes.CDLL(None)
     except (OSError, TypeError):
         return None
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "mallinfo2")):
+        return None
+    libc.mallinfo2.restype = _MallInfo
+    return libc
+
+
+_MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _MallInfo(ctypes.Structure):
+    """What glibc tells of its heap, in bytes or blocks."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from harness.cpu import fast_cpu
+from harness.cpu import fast_cpu, return_surplus
 from harness.evaluation.attention import AttentionDone, ChunkAttention, Place, attending, forest_attention
 from harness.evaluation.chunks import SHORTEST_TRUNK, Chunk, cut
 from harness.evaluation.forest import Forest, Ints, grow
@@ -87,6 +87,7 @@ def score_tails(
                 np.add.at(loglikelihood, sequence, logprob.double().numpy())
                 np.logical_and.at(greedy, sequence, likeliest.numpy())
             carried = attention.carry_out
+            return_surplus()
             if progress is not None:
                 progress(chunk.end, forest.num_nodes)
     return TailScores(loglikelihood, greedy)

@@ -118,3 +118,15 @@ def test_logits_of_the_embedded_model_are_as_near_to_float64_as_those_of_pytorch
         with fast_cpu():
             ours = smollm2.model(ids).logits
     assert (ours - exact).abs().max() <= 3 * (stock - exact).abs().max()
+
+
+@pytest.mark.skipif(cpu._glibc() is None, reason="the C library is not glibc")
+def test_what_is_free_beyond_a_gigabyte_is_given_back() -> None:
+    with fast_cpu():
+        blocks = [torch.ones(1000, 1000 + i) for i in range(400)]  # too large for each other's places
+        held = cpu._private_bytes()
+        cpu.return_surplus()
+        assert cpu._private_bytes() > held - 2**26  # all of it is in use
+        del blocks
+        cpu.return_surplus()
+        assert cpu._private_bytes() < held - 2**30
