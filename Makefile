@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: compare test check slow golden regress verify gguf-check browser-check ray-check clean
+.PHONY: compare test check slow golden regress docs verify gguf-check browser-check ray-check clean
 
 compare: $(INSTALLED)
 	$(BIN)/harness compare --methods all
@@ -22,6 +22,10 @@ golden: $(INSTALLED)
 regress: $(INSTALLED)
 	$(BIN)/harness regress --reference results/reference/ci --candidate results/ci --run \
 	  --tolerance 2.5 --max-loss-increase 0.02 --max-params-ratio 1.0 || [ $$? -eq 3 ]
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/mkdocs build --strict
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m "slow and not gpu and not network and not llamacpp and not ray and not browser"

@@ -31,7 +31,7 @@ def provenance(
         data_fingerprints=data_fingerprints,
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         num_threads=torch.get_num_threads(),
-        matmul=matmul_library(),
+        matmul=matmul_library() if device == "cpu" else "torch",
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -43,6 +43,17 @@ class CalibrationSpec(Frozen):
     """Tokens in each sequence."""
 
 
+class TaskFile(Frozen):
+    """A user's own task: a YAML file of lm-eval's format."""
+
+    name: str
+    """What the file calls the task."""
+    path: str
+    """Absolute."""
+    sha256: str
+    """Of the file."""
+
+
 class EvaluationSpec(Frozen):
     """Which documents are scored, and how."""
 
@@ -62,6 +73,8 @@ class EvaluationSpec(Frozen):
     """Tokens per window of held-out text."""
     data: Literal["embedded", "hub"] = "embedded"
     """Where the task documents come from."""
+    task_files: tuple[TaskFile, ...] | None = None
+    """Of those ``tasks`` that are a user's own; their documents come from where the files say."""
 
 
 class EfficiencySpec(Frozen):

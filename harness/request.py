@@ -202,9 +202,11 @@ def evaluation_spec(
     profile_tasks = values.pop("tasks")
     asked = {"limit": limit, "mmlu_limit": mmlu_limit, "mmlu_num_fewshot": mmlu_shots, "heldout_tokens": heldout_tokens}
     values |= {key: value for key, value in asked.items() if value is not None}
+    chosen, files = expand_tasks(profile_tasks if tasks is None else listed(tasks))
     try:
         return EvaluationSpec(
-            tasks=expand_tasks(profile_tasks if tasks is None else listed(tasks)),
+            tasks=chosen,
+            task_files=files or None,
             data="hub" if offline is False else "embedded",
             **values,
         )
@@ -249,19 +251,23 @@ def one_multiple(value: int | None) -> int | None:
 def model_ref(name: str) -> ModelRef:
     """A model by catalog name, hub id or folder; whether it loads shows when it is loaded.
 
+    Args:
+        name: one of the three; ``@`` and a branch, tag or commit may follow the first two.
+
     Raises:
         UserError: the name can be none of the three.
     """
-    if name in CATALOG:
-        return ModelRef(name=name, revision=CATALOG[name].revision)
+    known, _, revision = name.partition("@")
+    if known in CATALOG:
+        return ModelRef(name=known, revision=revision or CATALOG[known].revision)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return ModelRef(name=str(folder.resolve()))
     if name.startswith((".", "/", "~")):
         raise UserError(f"there is no model folder {name}; pass a save_pretrained folder, a hub id or a catalog name")
-    if name.count("/") != 1:
-        raise unknown_name("model", name, CATALOG, "harness models")
-    return ModelRef(name=name)
+    if known.count("/") != 1:
+        raise unknown_name("model", known, CATALOG, "harness models")
+    return ModelRef(name=known, revision=revision or None)
 
 
 def published_methods(names: str, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from harness.errors import UserError, unknown_name
-from harness.evaluation import embedded_data
+from harness.evaluation import embedded_data, own_tasks
 from harness.evaluation.quiet import quiet, templates_compiled_once
-from harness.records import EvaluationSpec
+from harness.records import EvaluationSpec, TaskFile
 
 Data = Literal["embedded", "hub"]
 
@@ -59,19 +59,33 @@ def known_tasks() -> tuple[str, ...]:
     return (*_ALIASES, *_GROUP_FOLDERS, *_FILES)
 
 
-def expand_tasks(names: Iterable[str]) -> tuple[str, ...]:
-    """Task and group names with ``commonsense`` written out, each once, in the order given.
+def expand_tasks(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[TaskFile, ...]]:
+    """Task and group names with ``commonsense`` written out, each once, in the order given; and a user's own files.
+
+    Args:
+        names: known ones, and paths of lm-eval YAML files.
 
     Raises:
-        UserError: a name is not known, or there is none.
+        UserError: a name is not known, a file is no task, or there is none.
+    """
+    named, files = own_tasks.split(names, known_tasks())
+    expanded = _written_out(named, {file.name for file in files})
+    if not expanded:
+        raise UserError(f"no task was given; name at least one of {', '.join(known_tasks())}")
+    return expanded, files
+
+
+def _written_out(names: Iterable[str], own: Collection[str]) -> tuple[str, ...]:
+    """Each once, in the order given, names for several tasks replaced by those.
+
+    Raises:
+        UserError: a name is neither known nor a user's own.
     """
     expanded: dict[str, None] = {}
     for name in names:
-        if name not in known_tasks():
+        if name not in known_tasks() and name not in own:
             raise unknown_name("task", name, known_tasks(), "harness tasks")
         expanded.update(dict.fromkeys(_ALIASES.get(name, (name,))))
-    if not expanded:
-        raise UserError(f"no task was given; name at least one of {', '.join(known_tasks())}")
     return tuple(expanded)
 
 
@@ -129,11 +143,14 @@ def build_tasks(spec: EvaluationSpec) -> TaskSet:
     objects: list[ConfigurableTask | Group] = []
     notes: list[str] = []
     with quiet(), templates_compiled_once():
-        for name in expand_tasks(spec.tasks):
+        own = {file.name: file for file in spec.task_files or ()}
+        for name in _written_out(spec.tasks, own):
             is_group = name in _GROUP_FOLDERS
-            shots = spec.mmlu_num_fewshot if is_group else 0
-            binding = _Binding(spec.data, shots)
-            built = binding.group(name) if is_group else binding.task(_tasks_folder() / _FILES[name])
+            binding = _Binding(spec.data, spec.mmlu_num_fewshot if is_group else 0)
+            if name in own:
+                built: ConfigurableTask | Group = binding.own(own_tasks.unchanged(own[name]))
+            else:
+                built = binding.group(name) if is_group else binding.task(_tasks_folder() / _FILES[name])
             objects.append(built)
             source = embedded_data.SOURCES.get(name)
             if spec.data == "embedded" and source is not None and source.differs:
@@ -161,9 +178,7 @@ class _Binding:
 
     def task(self, path: Path) -> ConfigurableTask:
         """The task of a stock YAML file."""
-        config = load_yaml(path)
-        for key in ("tag", "group", "task_list"):  # structure of the index, not of a task
-            config.pop(key, None)
+        config = own_tasks.definition(path)
         config["num_fewshot"] = self.num_fewshot
         config["training_split"] = None  # not embedded, and no prompt here draws from it
         if not self.num_fewshot:
@@ -175,6 +190,22 @@ class _Binding:
             config["custom_dataset"] = partial(_embedded_documents, config["task"], config.get("dataset_name"))
             if (source := embedded_data.SOURCES.get(config["task"])) is not None and source.differs:
                 config["test_split"] = None
+        return self._construct(config)
+
+    def own(self, config: dict[str, Any]) -> ConfigurableTask:
+        """A user's task, with the documents and worked examples that its file asks for.
+
+        Raises:
+            UserError: its answers are not chosen from a list, or its documents cannot be reached.
+        """
+        if config.get("output_type") != "multiple_choice":
+            raise UserError(
+                f"task {config['task']!r} has output_type {config.get('output_type', 'generate_until')}; a leaderboard "
+                "counts right answers, so give a task with multiple_choice"
+            )
+        config.setdefault("num_fewshot", 0)
+        if not config["num_fewshot"]:
+            config["fewshot_config"] = {"samples": []}
         return self._construct(config)
 
     def _construct(self, config: dict[str, Any]) -> ConfigurableTask:

@@ -10,7 +10,7 @@ import torch
 
 from harness.errors import UserError
 from harness.records import EfficiencySpec
-from harness.request import comparison_from, one_sparsity, settings_of
+from harness.request import comparison_from, model_ref, one_sparsity, settings_of
 
 FLAGS: dict[str, Any] = {
     "models": "smollm2-135m",
@@ -197,3 +197,16 @@ def test_trainings_are_alike_but_for_what_learns_and_its_rate() -> None:
 def test_a_training_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         comparison_from({**FLAGS, **changes}, (), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("owner/model", ("owner/model", None)),
+        ("owner/model@v1.2", ("owner/model", "v1.2")),
+        ("llama-3.1-8b@abc123", ("llama-3.1-8b", "abc123")),
+    ],
+)
+def test_a_model_may_be_pinned_to_a_revision(name: str, found: tuple[str, str | None]) -> None:
+    ref = model_ref(name)
+    assert (ref.name, ref.revision) == found

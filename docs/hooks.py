@@ -1,0 +1,64 @@
+"""What the site says of commands and methods, taken from the code when it is built."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from harness.cli import app
+from harness.registry import known_methods, method_class
+
+OUTSIDE = "https://github.com/OWNER/adapt-pruner-harness/blob/main/"
+"""Where links to files that are no pages lead."""
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in what a page leaves to the code, and lead links out of the pages' folder to the repository."""
+    markdown = markdown.replace("<!-- commands -->", "\n".join(commands()))
+    markdown = markdown.replace("<!-- methods -->", "\n".join(methods()))
+    return markdown.replace("](../results/", f"]({OUTSIDE}results/").replace(
+        "](../README.md)", f"]({OUTSIDE}README.md)"
+    )
+
+
+def commands() -> Iterator[str]:
+    """Every command with its flags."""
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        yield f"## harness {name}\n\n{inspect.cleandoc(command.help or '')}\n"
+        yield "| | default | |\n|---|---|---|"
+        for parameter in command.params:
+            yield f"| {_names(parameter)} | {_default(parameter)} | {_cell(getattr(parameter, 'help', None) or '')} |"
+        yield ""
+
+
+def _names(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.name.upper()}`"
+    return ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    shown = parameter.default
+    return "" if shown in (None, False, [], ()) else f"`{shown}`"
+
+
+def methods() -> Iterator[str]:
+    """Every method with its settings: name, default, what the code says of it."""
+    for name in known_methods():
+        cls = method_class(name)
+        yield f"## {name}\n\n{inspect.cleandoc(cls.__doc__ or '')}\n"
+        if cls.model_fields:
+            yield "| setting | default | |\n|---|---|---|"
+        for setting, field in cls.model_fields.items():
+            yield f"| `{setting}` | `{field.default}` | {_cell(field.description or '')} |"
+        yield ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
