@@ -181,7 +181,7 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, *, scale: flo
     for group in range(num_groups):
         heads = slice(group * num_heads // num_groups, (group + 1) * num_heads // num_groups)
         key_DS, value_SD = key[0, group].t().contiguous(), value[0, group].contiguous()
-        for part_RD in (query[0, heads].reshape(-1, width) * scale).split(_ROWS):
+        for part_RD in torch.split(query[0, heads].reshape(-1, width) * scale, _ROWS):
             scores_RS = part_RD @ key_DS
             highest_R1 = scores_RS.amax(dim=-1, keepdim=True)
             total_R1 = scores_RS.sub_(highest_R1).exp_().sum(dim=-1, keepdim=True)
