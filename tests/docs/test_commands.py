@@ -1,42 +1,86 @@
-"""Every command on the pages: it parses, and what can run here runs, at a reduced size."""
+"""Every command on the pages: run in the order of its page; what cannot run here is read by the real command line."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.cli import app
+from harness.models.embedded import embedded_checkpoint
+from harness.models.loading import load_tokenizer
+from harness.request import comparison_from, evaluation_spec, model_ref
 
 ROOT = Path(__file__).parents[2]
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 
-ELSEWHERE = (
-    "llama", "mobilellm", "cuda", "s3://", "ray", "/shared/", "hf auth", "accelerate launch", "--online", "git clone",
-    "cd ", "pip install", "make ", "my-", "DIR", "qwen", "activation", "results/candidate",
-)  # fmt: skip
-"""What is not here: the hub, a GPU, a cluster, an environment of its own, files of the reader's."""
-
-SMALL = {
-    "compare": {
-        "--limit": "2", "--heldout-tokens": "64", "--calibration-samples": "4", "--calibration-length": "64",
-        "--sparsities": "0.2", "--methods": "dense,flap",
-    },
-    "prune": {"--calibration-samples": "4", "--calibration-length": "64"},
-    "evaluate": {"--limit": "2", "--heldout-tokens": "64"},
-    "accel": {"--tokens": "1k", "--rounds": "1", "--train": "batch_tokens=512"},
+NOT_HERE = {
+    "needs the hub": (
+        "README.md: harness prune --model llama-3.1-8b",
+        "docs/large-models.md: harness prune --model llama-3.1-8b",
+        "docs/own-task.md: harness compare --tasks wikitext --online",
+        "docs/paper-setting.md: hf auth login",
+        "docs/training.md: harness accel --recipe mobilellm-350m-to-125m --out",
+    ),
+    "needs a GPU, and the hub": (
+        "docs/large-models.md: harness compare --models llama-3.1-8b",
+        "docs/paper-setting.md: harness doctor",
+        "docs/paper-setting.md: harness compare",
+        "docs/paper-setting.md: harness accel --recipe mobilellm-350m-to-125m --device cuda",
+        "docs/paper-setting.md: harness evaluate",
+        "docs/training.md: accelerate launch",
+    ),
+    "needs Slurm, a Ray cluster or a bucket": (
+        "docs/clusters.md: harness compare --models llama-3.1-8b",
+        "docs/clusters.md: harness compare --methods all --executor ray",
+        "docs/clusters.md: harness report s3://bucket/results",
+    ),
+    "installs into the environment, or needs another program": (
+        "docs/clusters.md: pip install",
+        "docs/export.md: llama-cli",
+    ),
+    "tests/docs/test_adding_a_method.py runs it, on one model": (
+        "docs/adding-a-method.md: pytest tests/contract -k activation-norm",
+    ),
 }  # fmt: skip
-"""Flags that make a command's work small, whatever the page gives them."""
-FINISHED = {"regress": (0, 1, 3), "doctor": (0, 1)}
-"""Exit codes of an answer, where it is not only 0."""
+"""Why -> how the commands begin that are not run."""
+
+SLOW = (
+    "README.md", "docs/adding-a-method.md", "docs/ci.md", "docs/clusters.md", "docs/export.md", "docs/own-model.md",
+    "docs/own-task.md", "docs/training.md",
+)  # fmt: skip
+"""Pages whose commands take more than some twenty seconds."""
+
+WORDS = {"DIR": "results/reference", "/shared/results": "shared/results"}
+"""Stand-ins for what a reader puts there."""
+
+CALIBRATION = ("--calibration-samples", "8", "--calibration-length", "64")
+LESS = {
+    "compare": ("--limit", "2", "--heldout-tokens", "512", "--no-efficiency", *CALIBRATION),
+    "prune": CALIBRATION,
+    "evaluate": ("--limit", "2", "--heldout-tokens", "512"),
+}
+"""Added to a command so that it does the same with less; of two values of a flag the last counts."""
+LESS_TRAINING = ("--train", "batch_tokens=512", "--train", "context_length=64")
+REAL_MODEL = ("docs/tutorial.md", "docs/export.md", "docs/own-task.md")
+"""Pages whose commands get the embedded model where they name none; the others' get a small one of random weights."""
+
+EXIT_CODES = {"regress": (0, 3), "doctor": (0, 1)}
+"""Of commands that did their work, where it is not 0 alone: too few documents to tell, a machine that cannot."""
 
 
 @dataclass(frozen=True)
@@ -44,89 +88,185 @@ class Command:
     page: str
     words: tuple[str, ...]
 
-    @property
-    def text(self) -> str:
-        return shlex.join(self.words)
+    def __str__(self) -> str:
+        return f"{self.page}: {shlex.join(self.words)}"
 
     @property
-    def is_elsewhere(self) -> bool:
-        text = self.text
-        if "--dry-run" in self.words or self.words[0] == "doctor":  # the catalog's shapes are here
-            text = text.replace("llama-3.1-8b", "").replace("mobilellm", "")
-        return any(part in text for part in ELSEWHERE)
+    def why_not_run(self) -> str | None:
+        return next((why for why, starts in NOT_HERE.items() if str(self).startswith(starts)), None)
 
     @property
-    def made_small(self) -> list[str]:
-        """The last of two values of a flag counts."""
-        name, *words = self.words
-        flags = dict(SMALL.get(name, {})) if "--dry-run" not in words else {}
-        if name == "compare":
-            flags |= {} if "--tasks" in words else {"--tasks": "arc_easy"}
-            flags |= {"--recovery-tokens": "1k", "--train": "batch_tokens=512"} if "--recovery" in words else {}
-            kept = [word for word in words if not word.startswith(("adapt-pruner.", "adapt-accel.", "slicegpt."))]
-            words = [word for word in kept if word != "--set" or any(w.startswith("flap.") for w in kept)]
-            words.append("--no-efficiency")
-        return [name, *words, *(part for flag in flags.items() for part in flag)]
+    def arguments(self) -> list[str] | None:
+        """Of `harness`, launched by whatever; None where it is another program."""
+        words = list(self.words)
+        return words[words.index("harness") + 1 :] if "harness" in words else None
 
 
-def commands(page: str) -> list[Command]:
-    """The lines of its console blocks, comments and continuations taken away, several in a line taken apart."""
-    found = []
-    for block in re.findall(r"```console\n(.*?)```", PAGES[page], re.DOTALL):
+def commands_of(page: str) -> Iterator[Command]:
+    """Each command of the blocks for a terminal, continued lines joined, comments and programs' folders taken off."""
+    for block in re.findall(r"```(?:console|bash)\n(.*?)```", PAGES[page], re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in line.split(";"):
-                words = shlex.split(part, comments=True)
-                if words:
-                    found.append(Command(page, tuple(words)))
-    return found
+            reader = shlex.shlex(line, posix=True, punctuation_chars=";")
+            reader.whitespace_split, reader.commenters = True, "#"
+            for words in _split(list(reader)):
+                yield Command(page, (words[0].removeprefix(".venv/bin/"), *words[1:]))
 
 
-def harness_commands(page: str) -> list[Command]:
-    """Those of the harness, the program's name taken away."""
-    ours = []
-    for command in commands(page):
-        program = Path(command.words[0]).name
-        if program == "harness":
-            ours.append(Command(page, command.words[1:]))
-        elif "-m" in command.words and command.words[command.words.index("-m") + 1] == "harness":
-            ours.append(Command(page, command.words[command.words.index("harness") + 1 :]))
-    return ours
+def _split(words: list[str]) -> Iterator[list[str]]:
+    while ";" in words:
+        yield words[: words.index(";")]
+        words = words[words.index(";") + 1 :]
+    if words:
+        yield words
 
 
-EVERY = [command for page in PAGES for command in harness_commands(page)]
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+READ = [command for command in COMMANDS if command.arguments is not None]
+RUN = [page for page in PAGES if any(c.page == page and c.why_not_run is None for c in COMMANDS)]
 
 
-@pytest.mark.parametrize("command", EVERY, ids=lambda command: f"{command.page}: {command.text}"[:80])
-def test_flags_and_arguments_are_those_of_the_command_line(command: Command) -> None:
+def read_by_the_command_line(arguments: list[str]) -> typer.Context:
     group: Any = typer.main.get_command(app)
-    name, *arguments = command.words
-    group.commands[name].make_context(name, list(arguments))
+    name, *rest = arguments
+    assert name in group.commands, f"no command {name}"
+    context: typer.Context = group.commands[name].make_context(name, rest)
+    return context
 
 
-def test_every_reason_not_to_run_a_command_is_needed() -> None:
-    texts = [command.text for page in PAGES for command in commands(page)]
-    assert [part for part in ELSEWHERE if not any(part in text for text in texts)] == []
+@pytest.mark.parametrize("command", READ, ids=str)
+def test_the_command_line_knows_the_command_and_its_flags(command: Command) -> None:
+    assert command.arguments is not None
+    context = read_by_the_command_line(command.arguments)
+    if command.why_not_run is None:  # it is run, which says more
+        return
+    values = context.params
+    if context.info_name == "compare":
+        comparison_from(values, (), None)
+    if context.info_name == "evaluate":
+        names = ("tasks", "profile", "limit", "mmlu_limit", "mmlu_shots", "heldout_tokens", "offline")
+        evaluation_spec(*(values[name] for name in names))
+    if context.info_name in ("prune", "doctor"):
+        model_ref(values["model"])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("page", [page for page in PAGES if any(not c.is_elsewhere for c in harness_commands(page))])
-def test_commands_run_in_the_order_of_the_page(page: str, tmp_path: Path) -> None:
-    put_files(page, tmp_path)
-    for command in harness_commands(page):
-        if command.is_elsewhere:
+def test_a_flag_that_does_not_exist_is_found() -> None:
+    with pytest.raises(Exception, match="--sparsity"):
+        read_by_the_command_line(["compare", "--sparsity", "0.2"])
+
+
+def test_every_reason_not_to_run_a_command_has_one() -> None:
+    for starts in NOT_HERE.values():
+        for start in starts:
+            assert any(str(command).startswith(start) for command in COMMANDS), start
+    assert set(SLOW) <= set(RUN)
+    assert set(REAL_MODEL) <= set(RUN)
+
+
+def test_flags_in_the_text_exist_too() -> None:
+    """`harness COMMAND --flag` in a sentence: the command has such a flag."""
+    group: Any = typer.main.get_command(app)
+    for page, text in PAGES.items():
+        for name, rest in re.findall(r"`(?:\.venv/bin/)?harness ([a-z]+)((?: [^`]*)?)`", text):
+            assert name in group.commands, f"{page}: harness {name}"
+            known = {flag for p in group.commands[name].params for flag in (*p.opts, *p.secondary_opts)}
+            assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= known | {"--help"}, f"{page}: harness {name}{rest}"
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, most of them in MLPs, under the embedded model's tokenizer."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=96, intermediate_size=6144, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=16, tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("small")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(embedded_checkpoint()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in RUN])
+def test_the_commands_of_a_page_run_in_their_order(page: str, tmp_path: Path, small_model: Path) -> None:
+    put_files(page, tmp_path, small_model)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}", "COLUMNS": "200"}
+    model = None if page in REAL_MODEL else str(small_model)
+    for command in commands_of(page):
+        if command.why_not_run is not None:
             continue
+        words, folder = runnable(command, model), ROOT if command.words[0] == "make" else tmp_path
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        name = command.arguments[0] if command.arguments else ""
+        assert done.returncode in EXIT_CODES.get(name, (0,)), f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    if page == "docs/tutorial.md":
+        (code,) = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
         done = subprocess.run(
-            [sys.executable, "-m", "harness.cli", *command.made_small], cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode in FINISHED.get(command.words[0], (0,)), f"{command.text}\n{done.stderr[-2000:]}"
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.startswith("The capital of France is"), done.stderr
 
 
-def put_files(page: str, folder: Path) -> None:
-    """What the page shows as a file of the reader's: a task, and its documents."""
+def runnable(command: Command, model: str | None) -> list[str]:
+    """The words to run: this Python's program, stand-ins, and less of the same."""
+    program, *rest = (WORDS.get(word, word) for word in command.words)
+    if program == "make":
+        return ["make", "--dry-run", *rest]  # that there is such a target
+    if program == "lm_eval":
+        return [sys.executable, "-m", "lm_eval", *rest, "--limit", "2"]
+    assert program == "harness", f"{command} is not of a kind that is run; give it a reason in NOT_HERE"
+    name, *flags = rest
+    added = list(LESS.get(name, ()))
+    if name == "compare" and "--tasks" not in flags:
+        added += ["--tasks", "arc_easy,piqa"]
+    if "--recovery" in flags:
+        added += ["--recovery-tokens", "5k", *LESS_TRAINING]
+    if name == "accel" and "--dry-run" not in flags:
+        added += ["--tokens", "5k", *LESS_TRAINING]
+    if model is not None and name in ("compare", "prune", "accel") and "--dry-run" not in flags:
+        flag = "--models" if name == "compare" else "--model"
+        added += [] if any(word.startswith("my-model") for word in flags) else [flag, model]
+    if model is not None and name == "evaluate" and "--reference" in flags:
+        added += ["--reference", model]
+    return [sys.executable, "-m", "harness.cli", name, *flags, *added]
+
+
+def put_files(page: str, folder: Path, small_model: Path) -> None:
+    """What a page takes for granted: files of the reader's, and committed runs."""
+    reference = ROOT / "results" / "reference"
+    if page == "README.md":
+        (toml,) = re.findall(r"```toml\n(.*?)```", PAGES[page], re.DOTALL)
+        (folder / "my-comparison.toml").write_text(toml)
+        shutil.copytree(reference, folder / "results" / "reference")
+    if page == "docs/ci.md":  # of the reference's runs the dense one alone, as --run makes all of them
+        (dense,) = (reference / "runs").glob("*--dense--*")
+        for side in ("reference", "candidate"):
+            shutil.copytree(dense, folder / "results" / side / "runs" / dense.name)
+    if page == "docs/own-model.md":
+        shutil.copytree(small_model, folder / "my-model")
+        (folder / "my-text.txt").write_text("\n\n".join(PAGES.values()))
     if page == "docs/own-task.md":
-        (definition,) = re.findall(r"```yaml\n(.*?)```", PAGES[page], re.DOTALL)
-        (document,) = re.findall(r"lines such as `(\{.*?\})`", PAGES[page])
-        (folder / "capitals.yaml").write_text(definition)
-        (folder / "capitals.jsonl").write_text(f"{document}\n" * 3)
+        write_task(folder / "my-tasks")
+    if page == "docs/adding-a-method.md":
+        install_plugin(PAGES[page], folder)
+
+
+def write_task(folder: Path) -> None:
+    """A task of lm-eval's format with three documents in a file."""
+    folder.mkdir()
+    documents = folder / "documents.jsonl"
+    documents.write_text('{"question": "2 + 2 =", "answers": ["4", "5"], "right": 0}\n' * 3)
+    (folder / "my_task.yaml").write_text(
+        f"task: my_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {documents}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{answers}}"\n'
+        "doc_to_target: right\nmetric_list:\n  - metric: acc\n"
+    )
+
+
+def install_plugin(text: str, folder: Path) -> None:
+    """The page's method, in a folder that Python looks into."""
+    source = folder / "source"
+    source.mkdir()
+    for kind, name in (("python", "activation_norm.py"), ("toml", "pyproject.toml")):
+        (source / name).write_text(re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)[0])
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(folder / "site"), str(source)], check=True)
