@@ -1,27 +1,39 @@
-"""What the site says of commands and methods, taken from the code when it is built."""
+"""What the site takes from elsewhere when it is built: commands and methods from the code, committed tables."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
+from mkdocs.structure.files import File, Files
 
 from harness.cli import app
 from harness.registry import known_methods, method_class
 
-OUTSIDE = "https://github.com/OWNER/adapt-pruner-harness/blob/main/"
-"""Where links to files that are no pages lead."""
+ROOT = Path(__file__).parents[1]
+RESULTS = (
+    "results/README.md",
+    "results/reference/latest/leaderboard.md",
+    "results/reference/standard/latest/leaderboard.md",
+)
+"""Committed files that are pages of the site too."""
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in what a page leaves to the code, and lead links out of the pages' folder to the repository."""
+def on_files(files: Files, config: Any) -> Files:
+    """Committed results join the pages."""
+    for path in RESULTS:
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in what a page leaves to the code; links to results, which lie outside ``docs/``, stay in the site."""
     markdown = markdown.replace("<!-- commands -->", "\n".join(commands()))
     markdown = markdown.replace("<!-- methods -->", "\n".join(methods()))
-    return markdown.replace("](../results/", f"]({OUTSIDE}results/").replace(
-        "](../README.md)", f"]({OUTSIDE}README.md)"
-    )
+    return markdown.replace("](../results/", "](results/")
 
 
 def commands() -> Iterator[str]:
