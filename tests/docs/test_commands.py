@@ -32,7 +32,7 @@ NOT_HERE = {
     "needs the hub": (
         "README.md: harness prune --model llama-3.1-8b",
         "docs/large-models.md: harness prune --model llama-3.1-8b",
-        "docs/own-task.md: harness compare --tasks wikitext --online",
+        "docs/own-task.md: harness compare --methods flap --tasks wikitext --online",
         "docs/paper-setting.md: hf auth login",
         "docs/training.md: harness accel --recipe mobilellm-350m-to-125m --out",
     ),
@@ -245,21 +245,15 @@ def put_files(page: str, folder: Path, small_model: Path) -> None:
         shutil.copytree(small_model, folder / "my-model")
         (folder / "my-text.txt").write_text("\n\n".join(PAGES.values()))
     if page == "docs/own-task.md":
-        write_task(folder / "my-tasks")
+        write_task(PAGES[page], folder)
     if page == "docs/adding-a-method.md":
         install_plugin(PAGES[page], folder)
 
 
-def write_task(folder: Path) -> None:
-    """A task of lm-eval's format with three documents in a file."""
-    folder.mkdir()
-    documents = folder / "documents.jsonl"
-    documents.write_text('{"question": "2 + 2 =", "answers": ["4", "5"], "right": 0}\n' * 3)
-    (folder / "my_task.yaml").write_text(
-        f"task: my_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {documents}\ntest_split: test\n"
-        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{answers}}"\n'
-        "doc_to_target: right\nmetric_list:\n  - metric: acc\n"
-    )
+def write_task(text: str, folder: Path) -> None:
+    """The page's task and three times its document."""
+    (folder / "capitals.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    (folder / "capitals.jsonl").write_text(f"{re.findall(r'lines such as `({.*?})`', text)[0]}\n" * 3)
 
 
 def install_plugin(text: str, folder: Path) -> None:
