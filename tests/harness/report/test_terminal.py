@@ -13,10 +13,11 @@ from harness.report.terminal import Tables
 
 @pytest.mark.parametrize(("lines", "left"), [(200, None), (1250, "1,050 more lines are in leaderboard.md")])
 def test_a_long_table_ends_and_says_where_the_rest_is(lines: int, left: str | None) -> None:
-    cells = tuple(Cell(f"method-{i}") for i in range(lines))
-    scores = tuple(Cell(f"{i}") for i in range(lines))
+    names = tuple(Cell(f"method-{i}") for i in range(lines))
+    alike = tuple(Cell("model") for _ in range(lines))
+    columns = (Column("model", alike, "name"), Column("method", names, "name"), Column("sparsity", alike, "name"))
     shown = io.StringIO()
-    Console(file=shown, width=80).print(Tables((Column("method", cells, "name"), Column("average", scores, "scores"))))
+    Console(file=shown, width=80).print(Tables(columns))
     text = shown.getvalue()
     assert "method-199" in text
     assert "method-200" not in text
