@@ -8,11 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,7 +78,7 @@ LESS = {
 }
 """Added to a command so that it does the same with less; of two values of a flag the last counts."""
 LESS_TRAINING = ("--train", "batch_tokens=512", "--train", "context_length=64")
-REAL_MODEL = ("docs/tutorial.md", "docs/export.md", "docs/own-task.md")
+REAL_MODEL = ("docs/export.md", "docs/own-task.md")
 """Pages whose commands get the embedded model where they name none; the others' get a small one of random weights."""
 
 EXIT_CODES = {"regress": (0, 3), "doctor": (0, 1)}
@@ -189,24 +191,45 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in RUN])
 def test_the_commands_of_a_page_run_in_their_order(page: str, tmp_path: Path, small_model: Path) -> None:
     put_files(page, tmp_path, small_model)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}", "COLUMNS": "200"}
     model = None if page in REAL_MODEL else str(small_model)
     for command in commands_of(page):
-        if command.why_not_run is not None:
-            continue
-        words, folder = runnable(command, model), ROOT if command.words[0] == "make" else tmp_path
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        name = command.arguments[0] if command.arguments else ""
-        assert done.returncode in EXIT_CODES.get(name, (0,)), f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        if command.why_not_run is None:
+            run(reduced(command, model), tmp_path, allowed=EXIT_CODES.get((command.arguments or [""])[0], (0,)))
     if page == "docs/tutorial.md":
-        (code,) = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.stdout.startswith("The capital of France is"), done.stderr
+        run_code(page, tmp_path)
 
 
-def runnable(command: Command, model: str | None) -> list[str]:
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_tutorial_as_it_stands_takes_ten_minutes(tmp_path: Path) -> None:
+    started = time.monotonic()
+    for command in commands_of("docs/tutorial.md"):
+        if command.arguments is not None:
+            run([sys.executable, "-m", "harness.cli", *command.arguments], tmp_path)
+    run_code("docs/tutorial.md", tmp_path)
+    assert time.monotonic() - started < 600
+    table = pd.read_csv(tmp_path / "results" / "tutorial" / "latest" / "leaderboard.csv").set_index("method")
+    assert table.loc["slicegpt", "sparsity_total"] == pytest.approx(0.1979, abs=5e-5)
+
+
+def run(words: list[str], folder: Path, allowed: tuple[int, ...] = (0,)) -> str:
+    """What a command prints; it must end as allowed."""
+    path = os.pathsep.join((str(ROOT), str(folder / "site")))
+    done = subprocess.run(
+        words, cwd=ROOT if words[0] == "make" else folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_code(page: str, folder: Path) -> None:
+    """The page's Python, where its commands left their files."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+    assert run([sys.executable, "-c", code], folder).startswith("The capital of France is")
+
+
+def reduced(command: Command, model: str | None) -> list[str]:
     """The words to run: this Python's program, stand-ins, and less of the same."""
     program, *rest = (WORDS.get(word, word) for word in command.words)
     if program == "make":
