@@ -63,7 +63,7 @@ NOT_HERE = {
 
 SLOW = (
     "README.md", "docs/adding-a-method.md", "docs/ci.md", "docs/clusters.md", "docs/export.md", "docs/own-model.md",
-    "docs/own-task.md", "docs/training.md", "docs/tutorial.md",
+    "docs/own-task.md", "docs/training.md",
 )  # fmt: skip
 """Pages whose commands take more than some twenty seconds."""
 
