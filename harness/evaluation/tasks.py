@@ -270,7 +270,7 @@ def _embedded_documents(task: str, dataset_name: str | None, **_metadata: Any) -
         return embedded_data.load_task(task)
     if task.startswith("mmlu_") and dataset_name is not None:
         return embedded_data.load_mmlu_subject(dataset_name)
-    raise UserError(f"the documents of task {task!r} are not embedded; use the hub's (--data hub)")
+    raise UserError(f"the documents of task {task!r} are not embedded; use the hub's (--online)")
 
 
 def _processed_once(process: Any) -> Any:
