@@ -41,6 +41,7 @@ from harness.evaluation.tasks import COMMONSENSE, build_tasks
 from harness.models import LoadedModel, load_model
 from harness.models.loading import fast_dtype
 from harness.records import EvaluationSpec, ModelRef
+from harness.timing import fastest
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {
@@ -172,19 +173,9 @@ class Bench:
         tokens = torch.randint(0, head.out_features, (rows, typical))
         hidden = torch.randn(min(1024, scored), head.in_features, dtype=head.weight.dtype)
         with torch.no_grad(), fast_cpu():
-            per_token = self._fastest(lambda: self.model.base_model(tokens, use_cache=False)) / tokens.numel()
-            per_row = self._fastest(lambda: head(hidden)) / len(hidden)
-        return per_token * forest.num_nodes + per_row * scored, forest.num_nodes
-
-    def _fastest(self, run: Callable[[], object], repeats: int = 3) -> float:
-        """Seconds of the fastest of some runs, after one that warms up."""
-        run()
-        times = []
-        for _ in range(repeats):
-            start = self.clock()
-            run()
-            times.append(self.clock() - start)
-        return min(times)
+            of_batch = fastest(lambda: self.model.base_model(tokens, use_cache=False), clock=self.clock)
+            per_row = fastest(lambda: head(hidden), clock=self.clock) / len(hidden)
+        return of_batch / tokens.numel() * forest.num_nodes + per_row * scored, forest.num_nodes
 
     def compare(self, case: Case) -> tuple[Timing, dict[str, Run]]:
         """The sides in turns; prints a line. Also the last run of stock and of ours."""

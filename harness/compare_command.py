@@ -128,13 +128,12 @@ def compare(
 
 @contextmanager
 def _handed_over(results: Results) -> Iterator[None]:
-    """Runs that others made are fetched before the block, and those that it made are handed over however it ends."""
+    """Runs that others made are fetched before the block; what is not there yet is handed over however it ends."""
     results.pull()
-    before = set(results.store.run_ids())
     try:
         yield
     finally:
-        results.push(run_id for run_id in results.store.run_ids() if run_id not in before)
+        results.push()
 
 
 def _with_push(hear: Callable[[Event], None], results: Results) -> Callable[[Event], None]:

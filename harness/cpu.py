@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from harness.timing import fastest
 
 # Shapes: [M, K] times [K, N].
 
@@ -102,19 +103,8 @@ def matmul_library() -> MatmulLibrary:
         return "torch"
     left, right = torch.ones(512, 576), torch.ones(576, 1024)
     with torch.no_grad():
-        ours, theirs = _seconds(lambda: _onednn(left, right)), _seconds(lambda: torch.mm(left, right))
+        ours, theirs = fastest(lambda: _onednn(left, right), 7), fastest(lambda: torch.mm(left, right), 7)
     return "onednn" if theirs > _LEAST_GAIN * ours else "torch"
-
-
-def _seconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """Of the fastest of some runs, after one that warms up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def return_surplus() -> None:

@@ -64,8 +64,8 @@ class Results:
     def pull(self, run_ids: Iterable[str] | None = None) -> None:
         """Fetch runs that others made: those of some ids, or all."""
 
-    def push(self, run_ids: Iterable[str]) -> None:
-        """Hand over runs that were made here, those that are there as they are excepted."""
+    def push(self, run_ids: Iterable[str] | None = None) -> None:
+        """Hand over runs that were made here: those of some ids where they differ, or all that are not there at all."""
 
     def publish(self, folder: Path) -> None:
         """Hand over the tables in a folder below the results folder."""
@@ -100,15 +100,15 @@ class RemoteResults(Results):
                     if sums is not None:
                         self._fetch(run_id, sums)
 
-    def push(self, run_ids: Iterable[str]) -> None:
-        """Upload runs of the mirror whose sums are not those of the storage.
+    def push(self, run_ids: Iterable[str] | None = None) -> None:
+        """Upload runs of the mirror: those of some ids where the sums differ, or all whose sums the storage lacks.
 
         Raises:
             UserError: the storage cannot be reached; the runs stay in the mirror.
         """
         with self._reaching():
             here = set(self.store.run_ids())
-            for run_id in (run_id for run_id in run_ids if run_id in here):
+            for run_id in here - set(self._there()) if run_ids is None else here & set(run_ids):
                 files = read_all(self.store.folder(run_id))
                 there = self._get(f"runs/{run_id}/{SUMS}")
                 if there == files[SUMS]:
@@ -137,13 +137,10 @@ class RemoteResults(Results):
         self.store.put(run_id, files)
 
     def _there(self) -> list[str]:
-        """Ids of the runs on the storage, sorted."""
+        """Ids of the runs that are whole on the storage, sorted."""
         self._files.invalidate_cache()
-        try:
-            found = self._files.ls(f"{self._root}/runs", detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(path.rstrip("/").rsplit("/", 1)[1] for path in found)
+        found = self._files.find(f"{self._root}/runs")
+        return sorted(path.split("/")[-2] for path in found if path.endswith(f"/{SUMS}"))
 
     def _get(self, name: str) -> bytes | None:
         try:

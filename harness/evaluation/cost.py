@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from harness.models.loading import load_tokenizer, main_device, require_device
 from harness.models.prospect import model_config
 from harness.models.source import checkpoint_folder
 from harness.structure import count_parameters
+from harness.timing import fastest
 
 _BATCH, _LENGTH = 4, 128
 """Tokens of the trial run."""
@@ -79,7 +79,7 @@ def _layers_seconds(model: PreTrainedModel, device: torch.device) -> float:
     for tensor in (*base.parameters(), *base.buffers()):
         tensor.zero_()
     hidden_BTC = torch.zeros(_BATCH, _LENGTH, model.config.hidden_size, dtype=model.dtype, device=device)
-    seconds = fastest(lambda: base(inputs_embeds=hidden_BTC, use_cache=False), device)
+    seconds = fastest(_awaited(lambda: base(inputs_embeds=hidden_BTC, use_cache=False), device))
     return num_layers * seconds / (_BATCH * _LENGTH)
 
 
@@ -95,20 +95,18 @@ def _head_seconds(model: PreTrainedModel, device: torch.device) -> float:
     def run() -> Tensor:
         return torch.logsumexp(functional.linear(hidden_RC, weight), dim=-1)
 
-    return fastest(run, device) / _ROWS * vocabulary / size
+    return fastest(_awaited(run, device)) / _ROWS * vocabulary / size
 
 
-def fastest(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def _awaited(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The same, waiting for a GPU to finish."""
+
+    def awaited() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+    return awaited
 
 
 def main() -> None:

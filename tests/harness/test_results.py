@@ -55,7 +55,7 @@ def test_a_run_without_its_sums_is_not_there_yet(url: str, tmp_path: Path, put: 
     files.rm_file(f"{root}/runs/{record.spec.run_id}/{SUMS}")
     there.pull()
     assert there.store.run_ids() == []
-    here.push([record.spec.run_id])  # an upload that was cut off goes on
+    here.push()  # an upload that was cut off goes on
     there.pull()
     assert there.store.run_ids() == [record.spec.run_id]
 
