@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.errors import UserError
+from harness.garbage import collection_paused
 from harness.options import BatchTokens, Device
 from harness.terminal import complain, console
 
 if TYPE_CHECKING:
+    from harness.regression import Limits
     from harness.results import Results
     from harness.store import Store
 
@@ -44,8 +46,7 @@ def regress(
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Is the candidate's accuracy worse than the reference's for real? Exit code 0 pass, 1 fail, 3 cannot tell."""
-    from harness.regression import Limits, to_annotations, to_junit, to_markdown
-    from harness.regression import regress as compare_with_reference
+    from harness.regression import Limits
     from harness.results import results_at
 
     limits = Limits(tolerance, min_recovery, max_loss_increase, max_params_ratio, max_time_ratio)
@@ -54,14 +55,29 @@ def regress(
     if run:
         _make_candidate(ours.store, theirs, device, batch_tokens)
     theirs.pull()
-    found = compare_with_reference(ours.store, theirs.store, limits, allow_different=allow_different)
-    for path, write in ((markdown, to_markdown), (junit, to_junit)):
+    sys.exit(_compare(ours.store, theirs.store, limits, allow_different, (markdown, junit), annotate))
+
+
+@collection_paused()
+def _compare(
+    reference: Store,
+    candidate: Store,
+    limits: Limits,
+    allow_different: bool,
+    files: tuple[Path | None, Path | None],
+    annotate: bool,
+) -> int:
+    """Judge and tell, into the files (Markdown, JUnit XML) too; the exit code."""
+    from harness.regression import regress, to_annotations, to_junit, to_markdown
+
+    found = regress(reference, candidate, limits, allow_different=allow_different)
+    for path, write in zip(files, (to_markdown, to_junit), strict=True):
         if path is not None:
             path.write_text(write(found), encoding="utf-8")
-    console.print(to_markdown(found), markup=False, highlight=False, soft_wrap=True)
+    console.out(to_markdown(found), highlight=False)
     if annotate:
-        console.print("\n".join(to_annotations(found)), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(found.exit_code)
+        console.out("\n".join(to_annotations(found)), highlight=False)
+    return found.exit_code
 
 
 def _make_candidate(reference: Store, candidate: Results, device: str, batch_tokens: int) -> None:

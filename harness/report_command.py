@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from harness.durable import write_file
+from harness.garbage import collection_paused
 from harness.options import ResultsArgument
 from harness.terminal import console
+
+if TYPE_CHECKING:
+    from harness.store import Store
 
 
 def report(
@@ -22,13 +26,22 @@ def report(
     latex: Annotated[bool, typer.Option("--latex", help="Also write leaderboard.tex, for papers.")] = False,
 ) -> None:
     """Rebuild the leaderboard from records alone."""
-    from harness.report import build_leaderboard
     from harness.results import results_at
 
     results = results_at(folder)
     results.pull()
-    store = results.store
-    leaderboard, target = build_leaderboard(store), out or store.root / "latest"
+    target = out or results.store.root / "latest"
+    _write(results.store, target, pairs=pairs, html=html, latex=latex)
+    if out is None:
+        results.publish(target)
+
+
+@collection_paused()
+def _write(store: Store, target: Path, *, pairs: bool, html: bool, latex: bool) -> None:
+    """The tables, into files and on the terminal."""
+    from harness.report import build_leaderboard
+
+    leaderboard = build_leaderboard(store)
     leaderboard.write(target)
     if latex:
         from harness.report.page.latex import to_latex
@@ -39,8 +52,6 @@ def report(
 
         page, *figures = write_page(leaderboard, target)
         console.print(f"{page}, and {len(figures)} figure files beside it", highlight=False)
-    if out is None:
-        results.publish(target)
     console.print(leaderboard.to_rich())
     if pairs:
         console.print(leaderboard.pairs_to_rich())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
         UserError: a file is missing or corrupt.
     """
     sums = _read_sums(folder)
-    return {name: _read_checked(folder, name, sums) for name in sums} | {SUMS: _read_bytes(folder / SUMS)}
+    return {name: _read_checked(folder, name, sums) for name in sums} | {SUMS: _read_bytes(_path(folder, SUMS))}
 
 
 def listed_in(sums: bytes) -> dict[str, str]:
@@ -81,7 +82,7 @@ def read_record(folder: Path) -> RunRecord:
     Raises:
         UserError: it is missing or corrupt, of an unknown format version, or that of another run.
     """
-    record = _parse_record(folder / RECORD, _read_checked(folder, RECORD, _read_sums(folder)))
+    record = _parse_record(folder, _read_checked(folder, RECORD, _read_sums(folder)))
     if record.spec.run_id != folder.name:
         raise UserError(
             f"{folder / RECORD} is the record of run {record.spec.run_id!r}: the folder was renamed, or written by a "
@@ -122,39 +123,45 @@ def _corrupt(path: Path, what: str) -> UserError:
     return UserError(f"{path} {what}; delete the folder {path.parent} and run the same command again to redo this run")
 
 
-def _read_bytes(path: Path) -> bytes:
+def _path(folder: Path, name: str) -> str:
+    """``folder / name``, which takes longer to make than the file takes to read."""
+    return f"{folder}/{name}"
+
+
+def _read_bytes(path: str) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError as error:
-        raise _corrupt(path, "is missing") from error
+        raise _corrupt(Path(path), "is missing") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, as written beside them."""
-    path = folder / SUMS
-    data = _read_bytes(path)
+    data = _read_bytes(_path(folder, SUMS))
     sums = listed_in(data)
     whole = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode() == data
     # Without this, losing the line of a file would look like a run that never had it.
-    listed = DOCUMENTS in sums or not (folder / DOCUMENTS).exists()
+    listed = DOCUMENTS in sums or not os.path.exists(_path(folder, DOCUMENTS))
     if not (whole and listed and RECORD in sums):
-        raise _corrupt(path, "is corrupt: it does not list what the folder holds")
+        raise _corrupt(folder / SUMS, "is corrupt: it does not list what the folder holds")
     return sums
 
 
 def _read_checked(folder: Path, name: str, sums: dict[str, str]) -> bytes:
-    data = _read_bytes(folder / name)
+    data = _read_bytes(_path(folder, name))
     if _sha256(data) != sums[name]:
         raise _corrupt(folder / name, f"is corrupt: {len(data)} bytes that do not match {SUMS}")
     return data
 
 
-def _parse_record(path: Path, data: bytes) -> RunRecord:
+def _parse_record(folder: Path, data: bytes) -> RunRecord:
     try:
         return RunRecord.model_validate_json(data)
     except ValidationError as error:
+        path = folder / RECORD
         version = _format_version(data)
         if version is not None and version != FORMAT_VERSION:
             raise UserError(

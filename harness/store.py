@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 import time
 import uuid
@@ -23,6 +22,7 @@ import pandas as pd
 
 from harness.durable import disk_errors, remove, sync_folder, write_synced
 from harness.errors import UserError
+from harness.garbage import collection_paused
 from harness.leases import Leases
 from harness.records import RunRecord, RunSpec
 from harness.run_files import RECORD, encode, read_all, read_documents, read_record
@@ -32,18 +32,6 @@ LEFTOVER_SECONDS = 24 * 3600.0
 
 
 _WITHOUT_ITS_WAY: dict[str, object] = {"trace": {}, "layers": (), "traceback": None}
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Millions of objects are made and stay: looking for garbage among them again and again takes most of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class Store:
@@ -112,6 +100,7 @@ class Store:
         """
         return (self.load(run_id) for run_id in self.run_ids())
 
+    @collection_paused()
     def summaries(self, run_ids: Iterable[str] | None = None) -> list[RunRecord]:
         """Records without what tells of a run's way (trace, layers, traceback), so that many fit into memory.
 
@@ -121,9 +110,8 @@ class Store:
         Raises:
             UserError: a record is missing, corrupt or of an unknown format version.
         """
-        with _collector_paused():
-            wanted = self.run_ids() if run_ids is None else run_ids
-            return [self.load(run_id).model_copy(update=_WITHOUT_ITS_WAY) for run_id in wanted]
+        wanted = self.run_ids() if run_ids is None else run_ids
+        return [self.load(run_id).model_copy(update=_WITHOUT_ITS_WAY) for run_id in wanted]
 
     def load(self, run_id: str) -> RunRecord:
         """The record of one run.

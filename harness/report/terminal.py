@@ -13,7 +13,7 @@ from rich.text import Text
 
 from harness.report.cells import Cell, Column
 
-_MOST_LINES = 200
+_MOST_LINES = 100
 """Of a table: nobody reads thousands in a terminal, and laying them out takes long."""
 _UNBOUNDED = 100_000
 _WIDEST_UNBROKEN = 30
