@@ -41,6 +41,9 @@ class AdaptAccel(AdaptiveSteps, InterleavedMethod):
     name: ClassVar[str] = "adapt-accel"
     paper: ClassVar[str] = "arXiv:2502.03460"
 
+    samples_per_step: Annotated[int, Field(ge=1)] | None = 16
+    """Calibration sequences of one step, drawn anew for each: one mini-batch, as looks at all of them would take much
+    of the time that is there for training. None takes all, always."""
     rounds: Annotated[int, Field(ge=1)] = 4
     """n: how often the model is pruned; about 5% of its parameters a round in the paper."""
     split: Split = "linear"

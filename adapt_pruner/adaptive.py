@@ -127,14 +127,15 @@ class AdaptiveSteps(PruningMethod):
         return calibration[rows.to(calibration.device)]
 
     def check_samples(self, calibration: Tensor) -> None:
-        """Refuse a calibration with fewer sequences than a step draws.
+        """Refuse a calibration with fewer sequences than a step was asked to draw; the default draws what there is.
 
         Raises:
             UserError: it has.
         """
-        if self.samples_per_step is not None and self.samples_per_step > calibration.shape[0]:
+        default = type(self).model_fields["samples_per_step"].default
+        if self.samples_per_step not in (None, default) and self.samples_per_step > calibration.shape[0]:
             raise UserError(
-                f"adapt-pruner.samples_per_step is {self.samples_per_step}, but there are {calibration.shape[0]} "
+                f"{self.name}.samples_per_step is {self.samples_per_step}, but there are {calibration.shape[0]} "
                 "calibration sequences; lower it or raise --calibration-samples"
             )
 

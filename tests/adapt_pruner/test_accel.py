@@ -49,6 +49,17 @@ def test_every_round_ends_at_its_share_of_the_way_and_trains(
         assert not parameter.requires_grad
 
 
+def test_fewer_samples_than_a_step_draws_are_all_drawn_unless_so_many_were_asked_for(
+    make_tiny: MakeTiny, calibration: Tensor
+) -> None:
+    loaded = make_tiny("grouped-query")
+    drawn = [run(loaded, calibration, Session(SPEC, TEXT), samples_per_step=n).kept for n in (16, 6)]
+    assert AdaptAccel().samples_per_step == 16 > len(calibration) == 6
+    assert all(torch.equal(units, drawn[1][name]) for name, units in drawn[0].items())
+    with pytest.raises(UserError, match=r"adapt-accel.samples_per_step is 7, but there are 6"):
+        run(loaded, calibration, Session(SPEC, TEXT), samples_per_step=7)
+
+
 def test_sizes_fall_in_equal_steps_and_the_published_shares_of_tokens(make_tiny: MakeTiny, calibration: Tensor) -> None:
     loaded, sizes = make_tiny("grouped-query"), []
 
