@@ -5,6 +5,8 @@
   up in another order, so results agree to float tolerance. Which of them is faster is measured once per process.
 - glibc gives freed memory back to the system, which hands it out again page by page, each filled with zeros: a forward
   pass on thousands of tokens spends a third of its time so. Within `fast_cpu` a gigabyte of it is kept.
+- A model larger than memory that is cut to ever other widths asks for blocks of ever other sizes, and the holes they
+  leave between them add up to its own size again. Within `lean_cpu` large blocks go back to the system at once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -39,12 +41,21 @@ _KEPT_OUTSIDE = 2**26
 """What glibc itself arrives at after some large blocks."""
 _LARGEST_IN_HEAP = 2**25
 """The most that it allows; larger blocks are mapped one by one."""
+_SMALL = 2**20
+"""Smaller than any weight matrix or activation of a model that is streamed."""
 
 
 @contextmanager
 def fast_cpu() -> Iterator[None]:
     """Within it `fast_matmul` holds and freed memory is kept, for passes that take the same blocks again and again."""
     with fast_matmul(), _freed_memory_kept():
+        yield
+
+
+@contextmanager
+def lean_cpu() -> Iterator[None]:
+    """Within it `fast_matmul` holds and what is freed is given back at once, for models larger than memory."""
+    with fast_matmul(), _freed_memory_returned():
         yield
 
 
@@ -125,17 +136,27 @@ def _private_bytes() -> int:
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _freed_memory_kept() -> AbstractContextManager[None]:
+    return _heap(largest=_LARGEST_IN_HEAP, kept=_KEPT)
+
+
+def _freed_memory_returned() -> AbstractContextManager[None]:
+    return _heap(largest=_SMALL, kept=_KEPT_OUTSIDE)
+
+
 @contextmanager
-def _freed_memory_kept() -> Iterator[None]:
+def _heap(*, largest: int, kept: int) -> Iterator[None]:
+    """Blocks up to ``largest`` bytes come from the heap, of which ``kept`` stay where they are free."""
     libc = _glibc()
     if libc is None:
         yield
         return
-    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
-    libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    libc.mallopt(_MMAP_THRESHOLD, largest)
+    libc.mallopt(_TRIM_THRESHOLD, kept)
     try:
         yield
     finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
         libc.mallopt(_TRIM_THRESHOLD, _KEPT_OUTSIDE)
         libc.malloc_trim(0)
 

@@ -13,7 +13,7 @@ from harness.budget import target_for
 from harness.calibration import draw_calibration
 from harness.card import Origin, Outcome, matching, model_card
 from harness.cost import CostRequest, describe_cost
-from harness.cpu import fast_matmul
+from harness.cpu import fast_matmul, lean_cpu
 from harness.errors import UserError
 from harness.export import Exported, export_gguf
 from harness.method import PrunedModel
@@ -73,7 +73,7 @@ def prune_and_save(
     if sparsity > 0:
         longest = getattr(loaded.model.config, "max_position_embeddings", None)
         tokens = draw_calibration(calibration, loaded.tokenizer, seed, longest).tokens.to(device)
-        with fast_matmul():
+        with lean_cpu() if stream else fast_matmul():
             pruned = next(competitor.prune(loaded, tokens, [target], seed))
     after = count_parameters(pruned.model.named_parameters())
     if not target.is_met_by(after, competitor.tolerance):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -130,3 +132,24 @@ def test_what_is_free_beyond_a_gigabyte_is_given_back() -> None:
         del blocks
         cpu.return_surplus()
         assert cpu._private_bytes() < held - 2**30
+
+
+@pytest.mark.skipif(cpu._glibc() is None, reason="the C library is not glibc")
+def test_a_hole_between_blocks_in_use_is_given_back_when_it_is_made() -> None:
+    # Each in a process of its own: what another test freed lies in the heap and would be filled first.
+    assert _given_back_of_holes("fast_cpu") < 2**26
+    assert _given_back_of_holes("lean_cpu") > 0.9 * 200 * 4_000_000
+
+
+def _given_back_of_holes(context: str) -> int:
+    """Bytes that the system has back after 200 of 400 blocks of 4 MB, every other one, are freed."""
+    code = f"""
+import torch
+from harness import cpu
+with cpu.{context}():
+    blocks = [torch.ones(1000, 1000 + i) for i in range(400)]
+    held = cpu._private_bytes()
+    del blocks[::2]
+    print(held - cpu._private_bytes())
+"""
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
