@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import lm_eval.api.task
 import lm_eval.utils
-from transformers.utils import logging as transformers_logging
+
+from harness.models.bars import without_bars
 
 _LOGGERS = ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub")
 
@@ -26,22 +27,19 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     had_bars = not datasets.are_progress_bars_disabled()
-    had_weight_bars = transformers_logging.is_progress_bar_enabled()
     progress_bar = lm_eval.api.task.tqdm
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
-        transformers_logging.disable_progress_bar()
         # lm-eval offers no switch for the bar over the documents whose prompts it builds.
         lm_eval.api.task.tqdm = _no_bar
-        yield
+        with without_bars():
+            yield
     finally:
         lm_eval.api.task.tqdm = progress_bar
         if had_bars:
             datasets.enable_progress_bars()
-        if had_weight_bars:
-            transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -15,6 +15,7 @@ from platformdirs import user_cache_path
 from harness.assets import asset_folder
 from harness.errors import UserError
 from harness.models.assemble import assemble
+from harness.models.bars import without_bars
 from harness.models.hashes import file_sha256
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +59,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the checkpoint beside its place and move it there whole, so that a killed conversion leaves nothing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+    with without_bars(), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         whole = Path(scratch) / folder.name
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # transformers marks a model read from GGUF as quantised and refuses to save it; its tensors are plain float32.
