@@ -71,20 +71,21 @@ class AdaptAccel(AdaptiveSteps, InterleavedMethod):
         self._check(loaded, calibration, target)
         position, trainer, begun = self._resumed(loaded, session)
         if trainer is not None:
-            self._train(session, trainer, position, begun)
+            position = self._train(session, trainer, position, begun)
             begun += 1
         for number, goal in list(enumerate(self.goals(target)))[begun:]:
             before, position = position, self._pruned_to(goal, position, calibration, seed)
             trainer = self._trained_on(position, before, trainer, session)
             session.write(trainer, _place(position, number))
-            self._train(session, trainer, position, number)
+            position = self._train(session, trainer, position, number)
         position.model.requires_grad_(False)
         return _answer(position, self.rounds)
 
-    def _train(self, session: Session, trainer: Trainer, position: Position, number: int) -> None:
-        """The steps that are left of a round."""
+    def _train(self, session: Session, trainer: Trainer, position: Position, number: int) -> Position:
+        """The steps that are left of a round; the position with the trained model."""
         ends = round_ends(trainer.total_steps, self.rounds, self.split)
         session.advance(trainer, ends[number], _place(position, number))
+        return replace(position, model=trainer.whole_model())
 
     def goals(self, target: ParameterTarget) -> list[ParameterTarget]:
         """What every round prunes to: equal steps in parameters, the last the target itself."""

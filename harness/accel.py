@@ -30,6 +30,7 @@ from harness.request import calibration_spec, model_ref, one_sparsity
 from harness.steps import SavedModel, outcome_of
 from harness.structure import count_parameters, describe
 from harness.training import Session, StepLog, Trainer
+from harness.training.sharding import sharding_asked
 from harness.training.text import training_text
 from harness.training_request import training_spec
 
@@ -166,6 +167,7 @@ def run_accel(
         training_text(plan.training, loaded.tokenizer, user_cache_path("adapt-pruner-harness")),
         teacher=loaded.model if plan.training.distillation else None,
         accelerator=accelerator,
+        sharded=accelerator is not None and sharding_asked(),
         folder=out.with_name(f"{out.name}.checkpoints"),
         key=json.dumps([plan.method.model_dump(mode="json"), target.params, loaded.weights_sha256, calibration.sha256]),
         minutes=minutes,

@@ -49,6 +49,8 @@ class Session:
     """Dense model to distil from."""
     accelerator: Any = None
     """accelerate's, where several processes train together."""
+    sharded: bool = False
+    """Whether each of them holds a part of the model while it trains."""
     folder: Path | None = None
     """Where checkpoints go; None writes none."""
     key: str = ""
@@ -108,7 +110,14 @@ class Session:
             model: to train.
             checkpoint: whose weights, moments and step it takes up; None starts from the model as it is.
         """
-        trainer = Trainer(model, self.text, self.spec, teacher=self.teacher, accelerator=self.accelerator)
+        trainer = Trainer(
+            model,
+            self.text,
+            self.spec,
+            teacher=self.teacher,
+            accelerator=self.accelerator,
+            sharded=self.sharded,
+        )
         if checkpoint is not None:
             trainer.restore(checkpoint.step, checkpoint.weights, checkpoint.moments)
             self.log, self.heldout = list(checkpoint.log), list(checkpoint.heldout)
@@ -131,7 +140,7 @@ class Session:
             self.log.append(log)
             if self.on_step is not None:
                 self.on_step(log, trainer)
-            if time.monotonic() - self._last_written > 60 * self.minutes:
+            if trainer.agreed(time.monotonic() - self._last_written > 60 * self.minutes):
                 self.write(trainer, place)
 
         trainer.advance(until, on_step)
@@ -143,33 +152,20 @@ class Session:
             UserError: the disk refuses it; the one before stays.
         """
         self._last_written = time.monotonic()
-        if self.folder is None or (self.accelerator is not None and not self.accelerator.is_main_process):
+        if self.folder is None:
             return
-        fresh = self.folder / f".{uuid.uuid4().hex[:8]}"
+        weights = dict(trainer.learning_state())
+        moments = {
+            f"{kind}/{name}": tensor
+            for kind, of_kind in trainer.optimizer_state().items()
+            for name, tensor in of_kind.items()
+        }
         log = [asdict(entry) for entry in self.log]
         told = {
             "course": self._course(), "step": trainer.step, "place": dict(place), "log": log, "heldout": self.heldout
         }  # fmt: skip
-        moments = {
-            f"{kind}/{name}": tensor.contiguous()
-            for kind, of_kind in trainer.optimizer_state().items()
-            for name, tensor in of_kind.items()
-        }
-        before = sorted(self.folder.glob("[0-9]*"))
-        with disk_errors(self.folder):
-            fresh.mkdir(parents=True)
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in trainer.learning_state().items()},
-                          fresh / _WEIGHTS)  # fmt: skip
-                save_file(moments, fresh / _MOMENTS)
-                write_synced(fresh / _PLACE, json.dumps(told).encode())
-                number = int(before[-1].name) + 1 if before else 0
-                fresh.rename(self.folder / f"{number:06}")
-                sync_folder(self.folder)
-            finally:
-                remove(fresh)
-        for older in before:
-            remove(older)
+        if self.accelerator is None or self.accelerator.is_main_process:
+            _write(self.folder, told, {_WEIGHTS: weights, _MOMENTS: moments})
 
     def finish(self) -> None:
         """Delete the checkpoints of a course whose outcome is safe."""
@@ -179,3 +175,22 @@ class Session:
     def _course(self) -> str:
         told = json.dumps([self.spec.model_dump(mode="json"), self.text.sha256, self.key], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _write(folder: Path, told: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    """The next checkpoint of a folder: file name -> tensors by name; those before it are deleted once it is there."""
+    fresh = folder / f".{uuid.uuid4().hex[:8]}"
+    before = sorted(folder.glob("[0-9]*"))
+    with disk_errors(folder):
+        fresh.mkdir(parents=True)
+        try:
+            for file, by_name in tensors.items():
+                save_file({name: tensor.contiguous() for name, tensor in by_name.items()}, fresh / file)
+            write_synced(fresh / _PLACE, json.dumps(told).encode())
+            number = int(before[-1].name) + 1 if before else 0
+            fresh.rename(folder / f"{number:06}")
+            sync_folder(folder)
+        finally:
+            remove(fresh)
+    for older in before:
+        remove(older)

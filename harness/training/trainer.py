@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from harness.cpu import fast_cpu
 from harness.errors import UserError
+from harness.models.assemble import assemble
 from harness.records import TrainingSpec
 from harness.structure import KeepPlan, ModelStructure, apply_plan
 from harness.training.data import Batch, PackedText
 from harness.training.loss import TrainingLoss
 from harness.training.schedule import warmup_stable_decay
+from harness.training.sharding import gathered, like, shard, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments of every parameter, by torch's names."""
@@ -53,15 +55,24 @@ class Trainer:
         spec: the settings.
         teacher: dense model to distil from; None trains on the text alone.
         accelerator: accelerate's, where several processes share every step; None for one.
+        sharded: let each of them hold a part of weights, gradients and moments, rather than all.
 
     Raises:
         UserError: the processes cannot share a step evenly.
     """
 
     def __init__(
-        self, model: Any, text: PackedText, spec: TrainingSpec, *, teacher: Any = None, accelerator: Any = None
+        self,
+        model: Any,
+        text: PackedText,
+        spec: TrainingSpec,
+        *,
+        teacher: Any = None,
+        accelerator: Any = None,
+        sharded: bool = False,
     ) -> None:
         self.text, self.spec, self.teacher, self.accelerator = text, spec, teacher, accelerator
+        self.sharded = sharded
         self.step = 0
         """Steps taken."""
         _, processes = self._place
@@ -115,11 +126,14 @@ class Trainer:
             self.load_optimizer_state({**before, **cut})
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """``exp_avg``, ``exp_avg_sq`` and ``step`` -> parameter name -> tensor; empty before the first step."""
+        """``exp_avg``, ``exp_avg_sq`` and ``step`` -> parameter name -> tensor; empty before the first step.
+
+        Where the model is sharded every process must ask.
+        """
         found: dict[str, dict[str, Any]] = {kind: {} for kind in (*MOMENTS, "step")}
         for name, parameter in self._learning():
             for kind, tensor in self.optimizer.state.get(parameter, {}).items():
-                found[kind][name] = tensor
+                found[kind][name] = gathered(tensor)
         return found
 
     def load_optimizer_state(self, state: dict[str, dict[str, Any]]) -> None:
@@ -127,11 +141,24 @@ class Trainer:
         for name, parameter in self._learning():
             known = {kind: of_kind[name] for kind, of_kind in state.items() if name in of_kind}
             if known:
-                self.optimizer.state[parameter] = {kind: t.to(parameter.device) for kind, t in known.items()}
+                self.optimizer.state[parameter] = {kind: like(tensor, parameter) for kind, tensor in known.items()}
 
     def learning_state(self) -> dict[str, Tensor]:
-        """Name -> value of every parameter that learns."""
-        return {name: parameter.detach() for name, parameter in self._learning()}
+        """Name -> value of every parameter that learns; where the model is sharded every process must ask."""
+        return {name: gathered(parameter.detach()) for name, parameter in self._learning()}
+
+    def whole_model(self) -> Any:
+        """The model as it is now, in one piece in every process; every process must ask."""
+        if not self.sharded:
+            return self.model
+        return assemble(self.model.config, {name: whole(p.detach()) for name, p in self.model.named_parameters()})
+
+    def agreed(self, due: bool) -> bool:
+        """What the first process says, where processes must do the same; one answers for itself otherwise."""
+        if not self.sharded:
+            return due
+        said = torch.tensor(float(due and self.accelerator.is_main_process), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(said, "sum"))
 
     def restore(self, step: int, weights: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
         """Go on from where another trainer of such a model was.
@@ -144,7 +171,7 @@ class Trainer:
         self.step = step
         with torch.no_grad():
             for name, parameter in self._learning():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
         self.load_optimizer_state(moments)
 
     def _put(self, model: Any) -> None:
@@ -156,10 +183,12 @@ class Trainer:
             parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
         if self.spec.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss: Any = TrainingLoss(model, self.spec, self.teacher)
+        if self.sharded:
+            shard(loss, model)
         learning = [parameter for _, parameter in self._learning()]
         optimizer: Any = torch.optim.AdamW(learning, lr=self.spec.learning_rate, weight_decay=0.0, fused=True)
-        loss: Any = TrainingLoss(model, self.spec, self.teacher)
-        if self.accelerator is not None:
+        if self.accelerator is not None and not self.sharded:
             loss, optimizer = self.accelerator.prepare(loss, optimizer)
         self._loss, self.optimizer = loss, optimizer
 
@@ -193,8 +222,9 @@ class Trainer:
     def _clipped(self) -> float:
         """The norm of all gradients, which are no longer than ``spec.clip`` from here on."""
         learning = [parameter for _, parameter in self._learning()]
-        clip = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
-        return float(clip(learning, self.spec.clip))
+        is_torchs = self.accelerator is None or self.sharded
+        clip = nn.utils.clip_grad_norm_ if is_torchs else self.accelerator.clip_grad_norm_
+        return float(whole(clip(learning, self.spec.clip)))
 
     def _backward(self, batch: Batch) -> float:
         """Gradients of the batch's mean loss, its windows shared among the processes; its mean cross-entropy."""
@@ -223,7 +253,9 @@ class Trainer:
 
     def _gathering(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients go over the wire once a step, with its last micro-batch."""
-        if self.accelerator is None or last:
+        if self.sharded:
+            self._loss.set_requires_gradient_sync(last)
+        if self.accelerator is None or self.sharded or last:
             return nullcontext()
         quiet: AbstractContextManager[None] = self.accelerator.no_sync(self._loss)
         return quiet

@@ -95,13 +95,17 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(checkpoint: Path, und
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_give_the_loss_curve_of_one(
+    checkpoint: Path, undisturbed: Path, tmp_path: Path, sharded: bool
+) -> None:
     out = tmp_path / "model"
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # What the launcher's --use_fsdp sets; beside --cpu it does not take that flag.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_FSDP": "true"} if sharded else {})}
     done = subprocess.run(
         [*launch, *command(checkpoint, out)], capture_output=True, text=True, env=environment, check=False
     )
