@@ -41,9 +41,9 @@ class AdaptAccel(AdaptiveSteps, InterleavedMethod):
     name: ClassVar[str] = "adapt-accel"
     paper: ClassVar[str] = "arXiv:2502.03460"
 
-    samples_per_step: Annotated[int, Field(ge=1)] | None = 16
-    """Calibration sequences of one step, drawn anew for each: one mini-batch, as looks at all of them would take much
-    of the time that is there for training. None takes all, always."""
+    samples_per_step: Annotated[int, Field(ge=1)] | None = 8
+    """Calibration sequences of one step, drawn anew for each: looks at all of them would take much of the time that is
+    there for training. None takes all, always."""
     rounds: Annotated[int, Field(ge=1)] = 4
     """n: how often the model is pruned; about 5% of its parameters a round in the paper."""
     split: Split = "linear"
@@ -74,7 +74,8 @@ class AdaptAccel(AdaptiveSteps, InterleavedMethod):
             position = self._train(session, trainer, position, begun)
             begun += 1
         for number, goal in list(enumerate(self.goals(target)))[begun:]:
-            before, position = position, self._pruned_to(goal, position, calibration, seed)
+            before = position
+            position = _agreed(session, before, self._pruned_to(goal, before, calibration, seed))
             trainer = self._trained_on(position, before, trainer, session)
             session.write(trainer, _place(position, number))
             position = self._train(session, trainer, position, number)
@@ -139,9 +140,25 @@ def _place(position: Position, number: int) -> dict[str, JsonValue]:
     }
 
 
+def _agreed(session: Session, before: Position, position: Position) -> Position:
+    """The first process's position after a round's pruning: gradients on several GPUs may differ in the last digit, and
+    with them the units that are kept."""
+    if session.accelerator is None:
+        return position
+    place: Any = session.agreed(_place(position, 0))
+    kept = _read_kept(place["kept"])
+    position = replace(position, kept=kept, state=SparsityState.from_json(place["state"]))
+    plan = left_of(position.dense, before.kept, kept)
+    return replace(position, model=remove_units(before.model, before.structure, plan))
+
+
+def _read_kept(written: Any) -> KeepPlan:
+    return {name: torch.tensor(units, dtype=torch.int64) for name, units in written.items()}
+
+
 def _position(loaded: LoadedModel, place: Mapping[str, Any]) -> tuple[Position, int]:
     """What ``_place`` wrote; the model has the dense one's weights."""
-    kept: KeepPlan = {name: torch.tensor(units, dtype=torch.int64) for name, units in place["kept"].items()}
+    kept = _read_kept(place["kept"])
     model = remove_units(loaded.model, loaded.structure, kept)
     state = SparsityState.from_json(place["state"])
     return Position(model, loaded.structure, kept, state, tuple(place["trace"])), place["round"]

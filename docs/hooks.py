@@ -18,8 +18,10 @@ RESULTS = (
     "results/README.md",
     "results/reference/latest/leaderboard.md",
     "results/reference/standard/latest/leaderboard.md",
+    "results/recovery/latest/leaderboard.md",
+    "results/recovery/latest/figures/smollm2-135m-2-training.svg",
 )
-"""Committed files that are pages of the site too."""
+"""Committed files that are pages of the site, or shown in one."""
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,8 +175,10 @@ def run_accel(
         on_step=on_step,
     )
     tokens = calibration.tokens.to(loaded.model.device)
+    start = time.perf_counter()
     with fast_matmul():
         pruned = plan.method.prune_and_train(loaded, tokens, target, plan.seed, session)
+    seconds = {"prune": time.perf_counter() - start - session.seconds_here, "train": session.seconds_here}
     if accelerator is not None and not accelerator.is_main_process:
         return None
     after = count_parameters(pruned.model.named_parameters())
@@ -186,7 +189,8 @@ def run_accel(
     outcome = outcome_of(pruned, after)
     with quiet():
         save_model(pruned.model, loaded.tokenizer, out, model_card(origin, outcome, []))
-    log = {"training": plan.training.model_dump(mode="json"), "steps": [asdict(entry) for entry in session.log]}
+    steps = [asdict(entry) for entry in session.log]
+    log = {"training": plan.training.model_dump(mode="json"), "seconds_since_last_start": seconds, "steps": steps}
     write_file(out / "training.json", json.dumps(log, indent=1).encode())
     session.finish()
     return SavedModel(loaded.params, after, target.params, outcome.class_name)

@@ -55,7 +55,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
     # Each of some 25 steps runs forward and backward: on all sequences they would take half an hour.
-    "quick": {"adapt-pruner": {"samples_per_step": 8}, "adapt-accel": {"samples_per_step": 8}},
+    "quick": {"adapt-pruner": {"samples_per_step": 8}},
 }
 """Settings that a profile gives to methods, under those of the file and the flags; records and tables show them."""
 

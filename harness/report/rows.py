@@ -124,9 +124,15 @@ def _settings(group: Sequence[Row]) -> list[str]:
     if len(group) == 1:
         return [""]
     told = {"seed", "method", "sparsity", "basis", "recovery"}
-    flat = [flatten(row.spec.model_dump(mode="json", exclude=told)) for row in group]
+    flat = [_settings_of(row.spec.model_dump(mode="json", exclude=told)) for row in group]
     origins = [dict(zip(("weights", "data"), _origin(row.records[0].provenance), strict=True)) for row in group]
     return _differences(flat, origins)
+
+
+def _settings_of(spec: dict[str, Any]) -> dict[str, str]:
+    """Fields by name, those of the method as its own flags name them: ``rounds``, not ``method_params.rounds``."""
+    params = spec.pop("method_params")
+    return flatten(params) | flatten(spec)
 
 
 def _differences(specs: Sequence[Mapping[str, str]], origins: Sequence[Mapping[str, object]]) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -123,6 +124,11 @@ class Session:
             self.log, self.heldout = list(checkpoint.log), list(checkpoint.heldout)
             self._resumed = len(self.log)
         return trainer
+
+    def agreed(self, value: JsonValue) -> JsonValue:
+        """The first process's value in all of them; every process must ask."""
+        agreed: list[JsonValue] = broadcast_object_list([value])
+        return agreed[0]
 
     def advance(self, trainer: Trainer, until: int, place: Mapping[str, JsonValue]) -> None:
         """Take steps until ``until`` have been taken in all, with a checkpoint every few minutes.

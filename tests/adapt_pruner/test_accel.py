@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,8 +57,8 @@ def test_fewer_samples_than_a_step_draws_are_all_drawn_unless_so_many_were_asked
     make_tiny: MakeTiny, calibration: Tensor
 ) -> None:
     loaded = make_tiny("grouped-query")
-    drawn = [run(loaded, calibration, Session(SPEC, TEXT), samples_per_step=n).kept for n in (16, 6)]
-    assert AdaptAccel().samples_per_step == 16 > len(calibration) == 6
+    drawn = [run(loaded, calibration, Session(SPEC, TEXT), samples_per_step=n).kept for n in (8, 6)]
+    assert AdaptAccel().samples_per_step == 8 > len(calibration) == 6
     assert all(torch.equal(units, drawn[1][name]) for name, units in drawn[0].items())
     with pytest.raises(UserError, match=r"adapt-accel.samples_per_step is 7, but there are 6"):
         run(loaded, calibration, Session(SPEC, TEXT), samples_per_step=7)
@@ -144,3 +148,20 @@ def test_more_rounds_than_steps_are_refused(make_tiny: MakeTiny) -> None:
     loaded = make_tiny("grouped-query")
     with pytest.raises(UserError, match="too few for 11 rounds"):
         list(forecast(AdaptAccel(rounds=11), loaded.structure, ParameterTarget(0.2, "total", loaded.params), SPEC))
+
+
+def test_processes_that_see_other_gradients_go_on_with_the_units_of_the_first(
+    make_tiny: MakeTiny, tmp_path: Path
+) -> None:
+    make_tiny("grouped-query").model.save_pretrained(tmp_path / "model")
+    script = str(Path(__file__).with_name("disagreeing_course.py"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, script, str(tmp_path / "model"), str(tmp_path / name)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, first, second = (json.loads((tmp_path / name).read_text()) for name in ("one-0", "two-0", "two-1"))
+    assert first["kept"] == second["kept"] == one["kept"]
+    assert first["losses"] == second["losses"] == pytest.approx(one["losses"], rel=1e-9)

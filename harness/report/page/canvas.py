@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; markers differ too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _MARKERS = "osD^vP*X"
+_LETTERS_AN_INCH = 9
+"""Of a title beside a legend."""
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -25,8 +28,6 @@ _SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
     "figure.constrained_layout.use": True,
 }
 
@@ -92,6 +93,12 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
         for i, name in enumerate(ordered)
     }
+
+
+def titled(axes: Any, text: str) -> None:
+    """Write the title over the axes' left end, broken where the drawing is too narrow for it."""
+    letters = int(axes.figure.get_figwidth() * _LETTERS_AN_INCH)
+    axes.set_title(textwrap.fill(text, letters), loc="left", fontsize=10, fontweight="bold")
 
 
 def grid_of_values(axes: Any, values: Any, rows: Iterable[str], columns: Iterable[str], **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,15 @@ import pandas as pd
 from harness.records import RunRecord
 from harness.report.frame import CHANCE, task_columns
 from harness.report.notes import row_name
-from harness.report.page.canvas import Figure, grid_of_values, new_plot, styles
+from harness.report.page.canvas import Figure, grid_of_values, new_plot, styles, titled
 from harness.report.rows import REFERENCE_METHOD, Row
 from harness.report.scores import MMLU
 
 _TICKS = 8
+_DASHES = ("-", "--", ":", "-.")
+"""One a sparsity."""
+_SHADES, _FILLS = (1.0, 0.75, 0.5, 0.35), ("full", "none", "left", "top")
+"""One a row of the same method and sparsity."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def _against(panel: Panel, style: Mapping[str, Any], name: str, label: str, titl
     for method in dict.fromkeys(line["method"] for _, line in points):
         axes.plot([], [], linestyle="", label=method, **style[method])
     axes.plot([], [], color="#555555", linewidth=1, linestyle="--", label="front")
-    axes.set(xlabel=label, ylabel="commonsense average, %", title=f"{panel.heading}: {title}")
+    axes.set(xlabel=label, ylabel="commonsense average, %")
+    titled(axes, f"{panel.heading}: {title}")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     best = ", ".join(f"{points[i][1]['method']} at {points[i][0]:.1f}" for i in front)
     caption = (
@@ -143,7 +149,7 @@ def _tasks(panel: Panel) -> Iterator[Figure]:
             dark = abs(change[i, j]) > 0.6 * limit
             axes.text(j, i, f"{score:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
     plot.colorbar(image, ax=axes, label="points from dense")
-    axes.set_title(f"{panel.heading}: accuracy by task, %")
+    titled(axes, f"{panel.heading}: accuracy by task, %")
     caption = "Accuracy in percent of every row on every task; red cells lost against dense, blue ones won."
     yield Figure(f"{panel.name}-tasks", "Accuracy by task", caption, plot)
 
@@ -190,7 +196,8 @@ def _importances(panel: Panel) -> Iterator[Figure]:
         low, high = np.percentile(steps, [5, 95])
         image = grid_of_values(axes, np.array(steps), labels, ticks, cmap="magma", vmin=low, vmax=high)
         plot.colorbar(image, ax=axes, label="importance (5th to 95th percentile)", extend="both")
-        axes.set(xlabel="layer", ylabel="step", title=f"{panel.heading}: layer importance, {row_name(row)}")
+        axes.set(xlabel="layer", ylabel="step")
+        titled(axes, f"{panel.heading}: layer importance, {row_name(row)}")
         caption = (
             f"Importance that {row_name(row)} gave each of {depth} layers before each of its {len(steps)} steps; "
             "bright layers were spared."
@@ -215,13 +222,19 @@ def _losses(panel: Panel, style: Mapping[str, Any]) -> Iterator[Figure]:
     if not curves:
         return
     plot, ((axes,),) = new_plot(6.4, 4.0)
-    dashes: dict[float, str] = {}
-    for row, curve in curves.items():
-        dash = dashes.setdefault(row.spec.sparsity, ("-", "--", ":", "-.")[len(dashes) % 4])
+    drawn: Counter[tuple[float, str]] = Counter()
+    sparsities = sorted({row.spec.sparsity for row in curves})
+    for row, curve in sorted(curves.items(), key=lambda item: (item[0].spec.sparsity, row_name(item[0]))):
+        like = row.spec.sparsity, row.spec.method
+        shade = {"alpha": _SHADES[drawn[like] % len(_SHADES)], "fillstyle": _FILLS[drawn[like] % len(_FILLS)]}
+        drawn[like] += 1
+        dash = _DASHES[sparsities.index(row.spec.sparsity) % len(_DASHES)]
         tokens, losses = zip(*curve, strict=True)
-        look = {"linestyle": dash, "linewidth": 1, "markersize": 3, **style[row.spec.method]}
+        look = {"linestyle": dash, "linewidth": 1, "markersize": 4, **style[row.spec.method], **shade}
         axes.plot(tokens, losses, label=row_name(row), **look)
-    axes.set(xlabel="tokens trained on", ylabel="held-out loss, nats a token", title=f"{panel.heading}: training")
+    axes.set(xlabel="tokens trained on", ylabel="held-out loss, nats a token")
+    axes.xaxis.set_major_formatter(lambda tokens, _position: f"{tokens / 1e3:g}k" if tokens else "0")
+    titled(axes, f"{panel.heading}: training")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ends = ", ".join(f"{row_name(row)} {curve[-1][1]:.3f}" for row, curve in curves.items())
     yield Figure(f"{panel.name}-training", "Held-out loss over training", f"Held-out loss at the end: {ends}.", plot)

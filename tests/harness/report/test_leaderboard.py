@@ -204,7 +204,7 @@ def test_a_seed_that_failed_gets_a_row_of_its_own(store: Store, add_run: Make, m
 @pytest.mark.parametrize(
     ("changes", "told_apart"),
     [
-        ({"method_params": {"metric": "wifn"}}, "method_params.metric=wifn"),
+        ({"method_params": {"metric": "wifn"}}, "metric=wifn"),
         ({"calibration": CalibrationSpec(num_samples=128)}, "calibration.num_samples=128"),
         ({"evaluation": EvaluationSpec(tasks=COMMONSENSE, limit=40)}, "evaluation.limit=40"),
         ({"dtype": "bfloat16"}, "dtype=bfloat16"),
