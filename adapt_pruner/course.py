@@ -14,6 +14,7 @@ from torch import Tensor
 from adapt_pruner.layer_importance import LayerImportance, normalise
 from adapt_pruner.sparsity import SparsityState
 from baselines.taps import layers_observed
+from harness.cpu import return_surplus
 from harness.models import micro_batch_rows, remove_units
 from harness.structure import (
     KeepPlan,
@@ -61,6 +62,7 @@ class Position:
     def after(self, plan: KeepPlan, step: Step) -> Position:
         """The next position: ``plan`` (units of the model as it is now) applied, the step's state taken on."""
         model = remove_units(self.model, self.structure, plan)
+        return_surplus()  # of the pass that found the step, whose blocks are of no use at the next one's sizes
         widths = layer_widths(describe(model))
         entry: dict[str, JsonValue] = {
             **step.told,

@@ -17,7 +17,7 @@ from harness.store import Store
 
 KILLS = 50
 ARGUMENTS = [
-    "--methods", "dense,flap,magnitude,slicegpt", "--sparsities", "0.01,0.02", "--tasks", "arc_easy,winogrande",
+    "--methods", "dense,flap,magnitude,random", "--sparsities", "0.01,0.02", "--tasks", "arc_easy,winogrande",
     "--limit", "2", "--heldout-tokens", "64", "--no-efficiency", "--calibration-samples", "4",
     "--calibration-length", "32",
 ]  # fmt: skip

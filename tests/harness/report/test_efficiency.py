@@ -13,7 +13,7 @@ from harness.report import build_leaderboard
 from harness.report.efficiency import COLUMNS
 from harness.store import Store
 
-REFERENCE = Path(__file__).parents[3] / "results" / "reference"
+REFERENCE = Path(__file__).parents[3] / "results" / "reference" / "ci"
 VALUES = {
     "macs_per_token": 139e6,
     "weight_bytes": 512 * 2**20,
