@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from harness.budget import ParameterTarget
 from harness.calibration import Calibration
 from harness.corpora import load_corpus
-from harness.cpu import fast_matmul, lean_cpu
+from harness.cpu import fast_matmul, lean_cpu, return_surplus
 from harness.efficiency import measured
 from harness.evaluation.heldout import measure_heldout
 from harness.evaluation.heldout_text import HeldOutText
@@ -68,6 +68,7 @@ def make(
         return _make_interleaved(context, method, spec, target, session)
     with measured(context.track.device) as cost, lean_cpu() if context.track.stream else fast_matmul():
         pruned = next(pruned_models)
+        return_surplus()
     made = Made(pruned, {"prune": cost.seconds}, {"prune": cost.peak_bytes}, session)
     params = count_parameters(pruned.model.named_parameters())
     if session is not None and why_missed(spec, target, method.tolerance, params) is None:
