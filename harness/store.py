@@ -15,7 +15,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +32,13 @@ LEFTOVER_SECONDS = 24 * 3600.0
 
 
 _WITHOUT_ITS_WAY: dict[str, object] = {"trace": {}, "layers": (), "traceback": None}
+
+
+def _summary(record: RunRecord, is_wanted: Callable[[str], bool] | None) -> RunRecord:
+    if is_wanted is None:
+        return record.model_copy(update=_WITHOUT_ITS_WAY)
+    measures = tuple(measure for measure in record.measures if is_wanted(measure.name))
+    return record.model_copy(update={**_WITHOUT_ITS_WAY, "measures": measures})
 
 
 class Store:
@@ -101,17 +108,20 @@ class Store:
         return (self.load(run_id) for run_id in self.run_ids())
 
     @collection_paused()
-    def summaries(self, run_ids: Iterable[str] | None = None) -> list[RunRecord]:
+    def summaries(
+        self, run_ids: Iterable[str] | None = None, is_wanted: Callable[[str], bool] | None = None
+    ) -> list[RunRecord]:
         """Records without what tells of a run's way (trace, layers, traceback), so that many fit into memory.
 
         Args:
             run_ids: of the runs wanted, in this order; None takes all, sorted.
+            is_wanted: which measures stay, by their names; None keeps all.
 
         Raises:
             UserError: a record is missing, corrupt or of an unknown format version.
         """
         wanted = self.run_ids() if run_ids is None else run_ids
-        return [self.load(run_id).model_copy(update=_WITHOUT_ITS_WAY) for run_id in wanted]
+        return [_summary(self.load(run_id), is_wanted) for run_id in wanted]
 
     def load(self, run_id: str) -> RunRecord:
         """The record of one run.

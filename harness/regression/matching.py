@@ -83,9 +83,14 @@ def count_differences(pairs: Sequence[Pair]) -> list[str]:
     return [f"{text} ({count} of {len(pairs)} runs)" for text, count in counted.most_common()]
 
 
+def _is_judged(measure: str) -> bool:
+    """Whether a judge asks for it: the held-out loss, and which tasks have a length-normalised accuracy."""
+    return measure == "heldout/ppl_token" or measure.endswith("/acc_norm")
+
+
 def _records(store: Store) -> dict[str, RunRecord]:
     run_ids = store.run_ids()
-    records = dict(zip(run_ids, store.summaries(run_ids), strict=True))
+    records = dict(zip(run_ids, store.summaries(run_ids, _is_judged), strict=True))
     if not records:
         raise UserError(f"{store.root} has no runs; pass a results folder, as `harness compare --out` writes it")
     return records
