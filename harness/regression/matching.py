@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from harness.errors import UserError
 from harness.records import Provenance, RunRecord, RunSpec
@@ -83,6 +84,7 @@ def count_differences(pairs: Sequence[Pair]) -> list[str]:
     return [f"{text} ({count} of {len(pairs)} runs)" for text, count in counted.most_common()]
 
 
+@cache
 def _is_judged(measure: str) -> bool:
     """Whether a judge asks for it: the held-out loss, and which tasks have a length-normalised accuracy."""
     return measure == "heldout/ppl_token" or measure.endswith("/acc_norm")
