@@ -22,7 +22,7 @@ from harness.durable import write_file
 from harness.errors import UserError
 from harness.evaluation.quiet import quiet
 from harness.footprint import Footprint
-from harness.models import LoadedModel, load_model
+from harness.models import load_model
 from harness.models.prospect import Prospect, prospect
 from harness.models.saving import refuse_existing, save_model
 from harness.records import CalibrationSpec, Dtype, ModelRef, ParamCounts, TrainingSpec
@@ -164,8 +164,17 @@ def run_accel(
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     calibration = draw_calibration(plan.calibration, loaded.tokenizer, plan.seed, longest)
     key = json.dumps([plan.method.model_dump(mode="json"), target.params, loaded.weights_sha256, calibration.sha256])
-    session = _session(plan, loaded, accelerator, out.with_name(f"{out.name}.checkpoints"), key)
-    session.minutes, session.on_step = minutes, on_step
+    session = Session(
+        plan.training,
+        training_text(plan.training, loaded.tokenizer, user_cache_path("adapt-pruner-harness")),
+        teacher=loaded.model if plan.training.distillation else None,
+        accelerator=accelerator,
+        sharded=accelerator is not None and sharding_asked(),
+        folder=out.with_name(f"{out.name}.checkpoints"),
+        key=key,
+        minutes=minutes,
+        on_step=on_step,
+    )
     tokens = calibration.tokens.to(loaded.model.device)
     start = time.perf_counter()
     with fast_matmul():
@@ -189,18 +198,6 @@ def run_accel(
     write_file(out / "training.json", json.dumps(told, indent=1).encode())
     session.finish()
     return SavedModel(loaded.params, after, target.params, outcome.class_name)
-
-
-def _session(plan: AccelPlan, loaded: LoadedModel, accelerator: Any, folder: Path, key: str) -> Session:
-    return Session(
-        plan.training,
-        training_text(plan.training, loaded.tokenizer, user_cache_path("adapt-pruner-harness")),
-        teacher=loaded.model if plan.training.distillation else None,
-        accelerator=accelerator,
-        sharded=accelerator is not None and sharding_asked(),
-        folder=folder,
-        key=key,
-    )
 
 
 def _accelerator() -> Any:

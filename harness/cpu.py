@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -41,21 +41,21 @@ _KEPT_OUTSIDE = 2**26
 """What glibc itself arrives at after some large blocks."""
 _LARGEST_IN_HEAP = 2**25
 """The most that it allows; larger blocks are mapped one by one."""
-_SMALL = 2**20
-"""Smaller than any weight matrix or activation of a model that is streamed."""
+_LARGEST_IN_LEAN_HEAP = 2**20
+"""The same in `lean_cpu`: most weight matrices and activations of a model that is streamed are larger."""
 
 
 @contextmanager
 def fast_cpu() -> Iterator[None]:
     """Within it `fast_matmul` holds and freed memory is kept, for passes that take the same blocks again and again."""
-    with fast_matmul(), _freed_memory_kept():
+    with fast_matmul(), _heap(largest=_LARGEST_IN_HEAP, kept=_KEPT):
         yield
 
 
 @contextmanager
 def lean_cpu() -> Iterator[None]:
     """Within it `fast_matmul` holds and what is freed is given back at once, for models larger than memory."""
-    with fast_matmul(), _freed_memory_returned():
+    with fast_matmul(), _heap(largest=_LARGEST_IN_LEAN_HEAP, kept=_KEPT_OUTSIDE):
         yield
 
 
@@ -134,14 +134,6 @@ def _private_bytes() -> int:
     """Resident memory of this process that is no file's."""
     _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _freed_memory_kept() -> AbstractContextManager[None]:
-    return _heap(largest=_LARGEST_IN_HEAP, kept=_KEPT)
-
-
-def _freed_memory_returned() -> AbstractContextManager[None]:
-    return _heap(largest=_SMALL, kept=_KEPT_OUTSIDE)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ _WITHOUT_ITS_WAY: dict[str, object] = {"trace": {}, "layers": (), "traceback": N
 def _summary(record: RunRecord, is_wanted: Callable[[str], bool] | None) -> RunRecord:
     if is_wanted is None:
         return record.model_copy(update=_WITHOUT_ITS_WAY)
-    measures = tuple([measure for measure in record.measures if is_wanted(measure.name)])
+    measures = tuple(measure for measure in record.measures if is_wanted(measure.name))
     return record.model_copy(update={**_WITHOUT_ITS_WAY, "measures": measures})
 
 

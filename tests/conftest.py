@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,20 @@ def make_tiny() -> Callable[..., LoadedModel]:
         return LoadedModel(model=tiny_model(shape, dtype), tokenizer=None, weights_sha256=shape)
 
     return make
+
+
+@pytest.fixture
+def run_script() -> Callable[..., None]:
+    """Runs a file and its arguments in a process of its own, or in several that train together."""
+
+    def run(script: Path, *arguments: object, processes: int = 1) -> None:
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(several if processes > 1 else []), str(script), *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.garbage import collection_paused
 from harness.records import RunRecord
 from harness.regression.evidence import Advantage, Evidence, read_evidence
 from harness.regression.limits import Limits
@@ -74,7 +73,6 @@ class Regression:
         return EXIT_CODES[self.verdict]
 
 
-@collection_paused()
 def regress(reference: Store, candidate: Store, limits: Limits, *, allow_different: bool = False) -> Regression:
     """Compare every reference run with its counterpart.
 

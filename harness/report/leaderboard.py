@@ -14,7 +14,6 @@ from tabulate import tabulate
 
 from harness.durable import write_file
 from harness.errors import UserError
-from harness.garbage import collection_paused
 from harness.report.cells import Cell, Column, layout
 from harness.report.frame import build_frame, order_rows, task_columns
 from harness.report.notes import notes, ppl_heading
@@ -128,7 +127,6 @@ class Leaderboard:
         )
 
 
-@collection_paused()
 def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, command: str | None = None) -> Leaderboard:
     """Build the table from what is stored.
 

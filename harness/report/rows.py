@@ -131,8 +131,8 @@ def _settings(group: Sequence[Row]) -> list[str]:
 
 def _settings_of(spec: dict[str, Any]) -> dict[str, str]:
     """Fields by name, those of the method as its own flags name them: ``rounds``, not ``method_params.rounds``."""
-    params = spec.pop("method_params")
-    return flatten(params) | flatten(spec)
+    params, rest = flatten(spec.pop("method_params")), flatten(spec)
+    return {name if name not in rest else f"method_params.{name}": value for name, value in params.items()} | rest
 
 
 def _differences(specs: Sequence[Mapping[str, str]], origins: Sequence[Mapping[str, object]]) -> list[str]:

@@ -127,6 +127,8 @@ class Session:
 
     def agreed(self, value: JsonValue) -> JsonValue:
         """The first process's value in all of them; every process must ask."""
+        if self.accelerator is None:
+            return value
         agreed: list[JsonValue] = broadcast_object_list([value])
         return agreed[0]
 
@@ -146,10 +148,15 @@ class Session:
             self.log.append(log)
             if self.on_step is not None:
                 self.on_step(log, trainer)
-            if trainer.agreed(time.monotonic() - self._last_written > 60 * self.minutes):
+            if self._is_due():
                 self.write(trainer, place)
 
         trainer.advance(until, on_step)
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is; a sharded one takes all processes, whose clocks may disagree."""
+        due = time.monotonic() - self._last_written > 60 * self.minutes
+        return bool(self.agreed(due)) if self.sharded else due
 
     def write(self, trainer: Trainer, place: Mapping[str, JsonValue]) -> None:
         """Write a checkpoint, then delete the one before it.
@@ -160,7 +167,7 @@ class Session:
         self._last_written = time.monotonic()
         if self.folder is None:
             return
-        weights = dict(trainer.learning_state())
+        weights = trainer.learning_state()
         moments = {
             f"{kind}/{name}": tensor
             for kind, of_kind in trainer.optimizer_state().items()

@@ -44,10 +44,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The same in CPU memory where it was spread: a device may have no room for all of them."""
-    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, spread as a parameter of that size is; on its device."""
     placed = tensor.to(parameter.device)
     # AdamW's count of steps is of no parameter's shape, and is no process's alone.

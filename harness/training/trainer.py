@@ -20,7 +20,7 @@ from harness.structure import KeepPlan, ModelStructure, apply_plan
 from harness.training.data import Batch, PackedText
 from harness.training.loss import TrainingLoss
 from harness.training.schedule import warmup_stable_decay
-from harness.training.sharding import gathered, like, shard, whole
+from harness.training.sharding import gathered, shard, spread_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments of every parameter, by torch's names."""
@@ -141,7 +141,9 @@ class Trainer:
         for name, parameter in self._learning():
             known = {kind: of_kind[name] for kind, of_kind in state.items() if name in of_kind}
             if known:
-                self.optimizer.state[parameter] = {kind: like(tensor, parameter) for kind, tensor in known.items()}
+                self.optimizer.state[parameter] = {
+                    kind: spread_like(tensor, parameter) for kind, tensor in known.items()
+                }
 
     def learning_state(self) -> dict[str, Tensor]:
         """Name -> value of every parameter that learns; where the model is sharded every process must ask."""
@@ -152,13 +154,6 @@ class Trainer:
         if not self.sharded:
             return self.model
         return assemble(self.model.config, {name: whole(p.detach()) for name, p in self.model.named_parameters()})
-
-    def agreed(self, due: bool) -> bool:
-        """What the first process says, where processes must do the same; one answers for itself otherwise."""
-        if not self.sharded:
-            return due
-        said = torch.tensor(float(due and self.accelerator.is_main_process), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(said, "sum"))
 
     def restore(self, step: int, weights: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
         """Go on from where another trainer of such a model was.
@@ -171,7 +166,7 @@ class Trainer:
         self.step = step
         with torch.no_grad():
             for name, parameter in self._learning():
-                parameter.copy_(like(weights[name], parameter))
+                parameter.copy_(spread_like(weights[name], parameter))
         self.load_optimizer_state(moments)
 
     def _put(self, model: Any) -> None:
@@ -255,7 +250,8 @@ class Trainer:
         """Gradients go over the wire once a step, with its last micro-batch."""
         if self.sharded:
             self._loss.set_requires_gradient_sync(last)
-        if self.accelerator is None or self.sharded or last:
+            return nullcontext()
+        if self.accelerator is None or last:
             return nullcontext()
         quiet: AbstractContextManager[None] = self.accelerator.no_sync(self._loss)
         return quiet

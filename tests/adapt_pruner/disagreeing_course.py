@@ -1,6 +1,6 @@
-"""A course of Adapt-Accel whose second process looks at other tokens; run by test_accel.py.
+"""A course of Adapt-Accel whose processes look at other tokens; run by test_accel.py.
 
-python disagreeing_course.py MODEL OUT
+python disagreeing_course.py MODEL OUT 1                      # what the second would do alone
 torchrun --nproc-per-node 2 disagreeing_course.py MODEL OUT
 """
 
@@ -25,9 +25,9 @@ from harness.training import PackedText, Session
 SPEC = TrainingSpec(tokens=640, context_length=16, batch_tokens=64, learning_rate=1e-3)
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, out: Path, *alone: str) -> None:
     accelerator = Accelerator(cpu=True) if "WORLD_SIZE" in os.environ else None
-    rank = accelerator.process_index if accelerator else 0
+    rank = accelerator.process_index if accelerator else int(alone[0])
     text = PackedText(np.random.default_rng(0).integers(0, 96, 800).astype(np.uint32), 16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     loaded = LoadedModel(model=model, tokenizer=None, weights_sha256="tiny")
@@ -43,4 +43,4 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -225,9 +225,9 @@ def _losses(panel: Panel, style: Mapping[str, Any]) -> Iterator[Figure]:
     drawn: Counter[tuple[float, str]] = Counter()
     sparsities = sorted({row.spec.sparsity for row in curves})
     for row, curve in sorted(curves.items(), key=lambda item: (item[0].spec.sparsity, row_name(item[0]))):
-        like = row.spec.sparsity, row.spec.method
-        shade = {"alpha": _SHADES[drawn[like] % len(_SHADES)], "fillstyle": _FILLS[drawn[like] % len(_FILLS)]}
-        drawn[like] += 1
+        alike = row.spec.sparsity, row.spec.method
+        shade = {"alpha": _SHADES[drawn[alike] % len(_SHADES)], "fillstyle": _FILLS[drawn[alike] % len(_FILLS)]}
+        drawn[alike] += 1
         dash = _DASHES[sparsities.index(row.spec.sparsity) % len(_DASHES)]
         tokens, losses = zip(*curve, strict=True)
         look = {"linestyle": dash, "linewidth": 1, "markersize": 4, **style[row.spec.method], **shade}
