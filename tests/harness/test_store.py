@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from harness.durable import write_file
 from harness.errors import UserError
@@ -48,6 +49,11 @@ def test_a_record_and_its_documents_come_back_as_they_were(
     assert read["loglikelihoods"].map(list).tolist() == documents["loglikelihoods"].tolist()
     assert read["group"].isna().sum() == 350
     assert read["acc_norm"].isna().tolist() == documents["acc_norm"].isna().tolist()
+
+
+def test_a_trace_that_json_cannot_hold_is_refused_when_the_record_is_made(make_spec: Callable[..., RunSpec]) -> None:
+    with pytest.raises(ValidationError, match="trace"):
+        RunRecord(spec=make_spec(), status="ok", trace={"widths": {1, 2}})
 
 
 def test_only_the_columns_asked_for_are_read(store: Store, stored: RunRecord) -> None:
@@ -173,10 +179,13 @@ def test_a_newer_format_is_refused_in_a_sentence(store: Store, stored: RunRecord
         store.load(run_id)
 
 
-def test_a_record_that_does_not_fit_the_format_names_the_field(store: Store, stored: RunRecord) -> None:
+@pytest.mark.parametrize(("field", "value"), [("status", "fine"), ("trace", [1, 2]), ("measures", [{"name": "a"}])])
+def test_a_record_that_does_not_fit_the_format_names_the_field(
+    field: str, value: object, store: Store, stored: RunRecord
+) -> None:
     run_id = stored.spec.run_id
-    _rewrite(store, run_id, json.dumps(json.loads(stored.model_dump_json()) | {"status": "fine"}))
-    with pytest.raises(UserError, match="not a valid record: status"):
+    _rewrite(store, run_id, json.dumps(json.loads(stored.model_dump_json()) | {field: value}))
+    with pytest.raises(UserError, match=f"not a valid record: {field}"):
         store.load(run_id)
 
 
