@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from harness.footprint import PROCESS_BYTES, Footprint
+from harness.method import InterleavedMethod
 from harness.models.prospect import Prospect, prospect
 from harness.records import CalibrationSpec, Dtype, ModelRef
 from harness.registry import build_method, known_methods
@@ -158,6 +159,8 @@ def _need(name: str, footprint: Footprint, batch_tokens: int) -> MethodNeed:
     method = build_method(name)
     held = PROCESS_BYTES + footprint.held_bytes
     reason = method.why_unsupported(footprint.structure)
+    if footprint.streamed and isinstance(method, InterleavedMethod):
+        reason = "trains weights, which --stream leaves in their files"
     working = 0 if reason is not None else method.working_bytes(footprint)
     return MethodNeed(name, held + working, footprint.scoring_bytes(batch_tokens, copy=name != "dense"), reason)
 

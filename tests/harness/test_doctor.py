@@ -113,4 +113,6 @@ def test_streaming_needs_a_fraction_of_the_weights() -> None:
     for more, less in zip(whole.methods, streamed.methods, strict=True):
         assert less.peak_bytes < more.peak_bytes
         assert less.pruning_bytes < 1.25 * whole.weight_bytes
+    refused = {need.method: need.unsupported for need in streamed.methods if need.unsupported is not None}
+    assert refused == {"adapt-accel": "trains weights, which --stream leaves in their files"}
     assert "--stream leaves layers in their files" in str(Diagnosis(**{**vars(whole), "memory_bytes": 2**30}).verdict)
