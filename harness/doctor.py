@@ -31,7 +31,7 @@ class MethodNeed:
     pruning_bytes: int
     scoring_bytes: int
     unsupported: str | None
-    """Why the method cannot prune the model; None where it can."""
+    """Why the method cannot prune the model, or not while it is streamed; None where it can."""
 
     @property
     def peak_bytes(self) -> int:
@@ -159,7 +159,7 @@ def _need(name: str, footprint: Footprint, batch_tokens: int) -> MethodNeed:
     method = build_method(name)
     held = PROCESS_BYTES + footprint.held_bytes
     reason = method.why_unsupported(footprint.structure)
-    if footprint.streamed and isinstance(method, InterleavedMethod):
+    if reason is None and footprint.streamed and isinstance(method, InterleavedMethod):
         reason = "trains weights, which --stream leaves in their files"
     working = 0 if reason is not None else method.working_bytes(footprint)
     return MethodNeed(name, held + working, footprint.scoring_bytes(batch_tokens, copy=name != "dense"), reason)

@@ -205,6 +205,7 @@ def test_a_seed_that_failed_gets_a_row_of_its_own(store: Store, add_run: Make, m
     ("changes", "told_apart"),
     [
         ({"method_params": {"metric": "wifn"}}, "metric=wifn"),
+        ({"method_params": {"dtype": "int8"}}, "method_params.dtype=int8"),
         ({"calibration": CalibrationSpec(num_samples=128)}, "calibration.num_samples=128"),
         ({"evaluation": EvaluationSpec(tasks=COMMONSENSE, limit=40)}, "evaluation.limit=40"),
         ({"dtype": "bfloat16"}, "dtype=bfloat16"),
