@@ -19,7 +19,7 @@ RESULTS = (
     "results/reference/latest/leaderboard.md",
     "results/reference/standard/latest/leaderboard.md",
     "results/recovery/latest/leaderboard.md",
-    "results/recovery-seeds/latest/leaderboard.md",
+    "results/recovery-ablations/latest/leaderboard.md",
     "results/recovery/latest/figures/smollm2-135m-2-training.svg",
 )
 """Committed files that are pages of the site, or shown in one."""
