@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.dataclasses import dataclass
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -203,8 +204,9 @@ class LayerWidths(Frozen):
     intermediate_size: int
 
 
-class Measure(Frozen):
-    """One number of the evaluation."""
+@dataclass(slots=True, kw_only=True, config=Frozen.model_config)
+class Measure:
+    """One number of the evaluation; not a model, since a grid has hundreds of thousands: a third of the memory."""
 
     name: str
     """``<task>/<metric>``, such as ``arc_easy/acc_norm`` or ``heldout/ppl_token``."""
