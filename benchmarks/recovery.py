@@ -25,23 +25,23 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def commands(options: argparse.Namespace) -> list[list[str]]:
     """The comparisons: which methods, and how they are trained."""
-    training = _training(options.tokens, options.text, options.train)
+    training = _training_flags(options.tokens, options.text, options.train)
     asked = [
         ["--methods", "dense,adapt-pruner,llm-pruner,flap"],
         ["--methods", "adapt-pruner,llm-pruner,flap", "--recovery", "full", *training],
         ["--methods", "llm-pruner", "--recovery", "lora", *training],
     ]
-    for rounds in options.rounds.split(","):
-        asked += [[*_interleaved(rounds, options), "--recovery", "full", *training]]
-    return [[*part, "--sparsities", options.sparsities, *_common(options)] for part in asked]
+    interleaved = (_adapt_accel(rounds, options) for rounds in options.rounds.split(","))
+    asked += [[*part, "--recovery", "full", *training] for part in interleaved]
+    return [[*part, "--sparsities", options.sparsities, *_common_flags(options)] for part in asked]
 
 
 def ablations(options: argparse.Namespace) -> list[list[str]]:
     """The comparisons that change one thing each."""
-    one_shot, interleaved = ["--methods", "adapt-pruner"], _interleaved("4", options)
-    training = _training(options.tokens, options.text, options.train)
+    one_shot, interleaved = ["--methods", "adapt-pruner"], _adapt_accel("4", options)
+    training = _training_flags(options.tokens, options.text, options.train)
     slower = [*training, "--train", "learning_rate=2e-5"]
-    longer = _training("120k", options.text, options.train)
+    longer = _training_flags("120k", options.text, options.train)
     asked = [
         [*one_shot, *training, "--seeds", "0,1,2"],
         [*interleaved, *training, "--seeds", "0,1,2"],
@@ -51,21 +51,21 @@ def ablations(options: argparse.Namespace) -> list[list[str]]:
         [*one_shot, *longer],
         [*interleaved, *longer],
     ]
-    return [[*part, "--recovery", "full", "--sparsities", "0.4", *_common(options)] for part in asked]
+    return [[*part, "--recovery", "full", "--sparsities", "0.4", *_common_flags(options)] for part in asked]
 
 
-def _training(tokens: str, text: str, settings: list[str]) -> list[str]:
+def _training_flags(tokens: str, text: str, settings: list[str]) -> list[str]:
     flags = ["--recovery-tokens", tokens, "--recovery-text", text]
     return [*flags, *(part for setting in settings for part in ("--train", setting))]
 
 
-def _interleaved(rounds: str, options: argparse.Namespace) -> list[str]:
+def _adapt_accel(rounds: str, options: argparse.Namespace) -> list[str]:
     settings = {"samples_per_step": options.samples_per_step, "rounds": rounds}
     changes = (part for name, value in settings.items() for part in ("--set", f"adapt-accel.{name}={value}"))
     return ["--methods", "adapt-accel", *changes]
 
 
-def _common(options: argparse.Namespace) -> list[str]:
+def _common_flags(options: argparse.Namespace) -> list[str]:
     return ["--tasks", "commonsense", "--limit", str(options.limit), "--no-efficiency", "--out", str(options.out)]
 
 
@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument(
         "--train", action="append", default=["batch_tokens=2048", "learning_rate=1e-4", "heldout_points=6"]
     )
-    parser.add_argument("--ablations", action="store_true", help="the ablations instead")
+    parser.add_argument(
+        "--ablations", action="store_true", help="these instead, with sparsities, rounds and seeds of their own"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.out = options.out or RESULTS / ("recovery-ablations" if options.ablations else "recovery")

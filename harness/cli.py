@@ -142,9 +142,8 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the measures to this file.")] = None,
 ) -> None:
     """Score one model."""
-    from pydantic import TypeAdapter
+    from pydantic_core import to_json
 
-    from harness.records import Measure
     from harness.request import chosen_dtype, evaluation_spec, model_ref
     from harness.steps import evaluate_folder, scoring_cost_of
 
@@ -161,7 +160,6 @@ def evaluate(
     for note in evaluation.notes:
         console.print(note)
     if json_ is not None:
-        to_json = TypeAdapter(Measure).dump_json
         json_.write_text("[" + ",\n ".join(to_json(m).decode() for m in evaluation.measures) + "]\n")
 
 

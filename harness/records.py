@@ -206,7 +206,11 @@ class LayerWidths(Frozen):
 
 @dataclass(slots=True, kw_only=True, config=Frozen.model_config)
 class Measure:
-    """One number of the evaluation; not a model, since a grid has hundreds of thousands: a third of the memory."""
+    """One number of the evaluation.
+
+    A dataclass, since a grid has hundreds of thousands of them: records take a third of the memory that they take with
+    models.
+    """
 
     name: str
     """``<task>/<metric>``, such as ``arc_easy/acc_norm`` or ``heldout/ppl_token``."""

@@ -130,12 +130,9 @@ class Store:
             UserError: there is no such run, its record is corrupt, or its format version is unknown.
         """
         folder = self.folder(run_id)
-        try:
-            return read_record(folder)
-        except UserError:  # asked afterwards, since thousands are there for each that is not
-            if folder.is_dir():
-                raise
-            raise UserError(f"no run {run_id!r} in {self.root} (`harness report {self.root}` lists all)") from None
+        if not folder.is_dir():
+            raise UserError(f"no run {run_id!r} in {self.root} (`harness report {self.root}` lists all)")
+        return read_record(folder)
 
     def documents(self, run_id: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         """Per-document scores of a run that is in the store, as `harness.run_files.read_documents` reads them."""
