@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass
 
 FORMAT_VERSION: Literal[1] = 1
+_NOWHERE = ""
+"""What no field of a file is called."""
 
 Basis = Literal["total", "non-embedding"]
 Dtype = Literal["float32", "bfloat16"]
@@ -282,3 +284,16 @@ class RunRecord(Frozen):
             if measure.name == name:
                 return measure
         return None
+
+
+class RunSummary(RunRecord):
+    """A record read without what tells of a run's way: those fields are empty, and neither checked nor kept in memory.
+
+    Fields at the top that this harness does not know are passed over too.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    traceback: str | None = Field(default=None, validation_alias=_NOWHERE)
+    layers: tuple[LayerWidths, ...] = Field(default=(), validation_alias=_NOWHERE)
+    trace: dict[str, JsonValue] = Field(default={}, validation_alias=_NOWHERE)

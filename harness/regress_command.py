@@ -74,9 +74,9 @@ def _compare(
     for path, write in zip(files, (to_markdown, to_junit), strict=True):
         if path is not None:
             path.write_text(write(found), encoding="utf-8")
-    console.out(to_markdown(found), highlight=False)
+    print(to_markdown(found))
     if annotate:
-        console.out("\n".join(to_annotations(found)), highlight=False)
+        print("\n".join(to_annotations(found)))
     return found.exit_code
 
 

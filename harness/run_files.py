@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -25,6 +26,8 @@ from harness.records import FORMAT_VERSION, RunRecord
 RECORD = "record.json"
 DOCUMENTS = "documents.parquet"
 SUMS = "SHA256SUMS"
+
+Record = TypeVar("Record", bound=RunRecord)
 
 DOCUMENT_TYPES: dict[str, pa.DataType | None] = {
     "task": pa.string(),
@@ -76,13 +79,13 @@ def listed_in(sums: bytes) -> dict[str, str]:
     return {name: digest for digest, name in _SUM.findall(sums.decode(errors="replace"))}
 
 
-def read_record(folder: Path) -> RunRecord:
-    """The record of a run's folder.
+def read_record(folder: Path, kind: type[Record]) -> Record:
+    """The record of a run's folder, whole or as a `RunSummary`.
 
     Raises:
         UserError: it is missing or corrupt, of an unknown format version, or that of another run.
     """
-    record = _parse_record(folder, _read_checked(folder, RECORD, _read_sums(folder)))
+    record = _parse_record(folder, _read_checked(folder, RECORD, _read_sums(folder)), kind)
     if record.spec.run_id != folder.name:
         raise UserError(
             f"{folder / RECORD} is the record of run {record.spec.run_id!r}: the folder was renamed, or written by a "
@@ -157,9 +160,9 @@ def _read_checked(folder: Path, name: str, sums: dict[str, str]) -> bytes:
     return data
 
 
-def _parse_record(folder: Path, data: bytes) -> RunRecord:
+def _parse_record(folder: Path, data: bytes, kind: type[Record]) -> Record:
     try:
-        return RunRecord.model_validate_json(data)
+        return kind.model_validate_json(data)
     except ValidationError as error:
         path = folder / RECORD
         version = _format_version(data)

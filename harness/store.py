@@ -24,21 +24,11 @@ from harness.durable import disk_errors, remove, sync_folder, write_synced
 from harness.errors import UserError
 from harness.garbage import collection_paused
 from harness.leases import Leases
-from harness.records import RunRecord, RunSpec
-from harness.run_files import RECORD, encode, read_all, read_documents, read_record
+from harness.records import RunRecord, RunSpec, RunSummary
+from harness.run_files import RECORD, Record, encode, read_all, read_documents, read_record
 
 LEFTOVER_SECONDS = 24 * 3600.0
 """Age from which a hidden folder cannot belong to a process that still writes it."""
-
-
-_WITHOUT_ITS_WAY: dict[str, object] = {"trace": {}, "layers": (), "traceback": None}
-
-
-def _summary(record: RunRecord, is_wanted: Callable[[str], bool] | None) -> RunRecord:
-    if is_wanted is None:
-        return record.model_copy(update=_WITHOUT_ITS_WAY)
-    measures = tuple(measure for measure in record.measures if is_wanted(measure.name))
-    return record.model_copy(update={**_WITHOUT_ITS_WAY, "measures": measures})
 
 
 class Store:
@@ -110,7 +100,7 @@ class Store:
     @collection_paused()
     def summaries(
         self, run_ids: Iterable[str] | None = None, is_wanted: Callable[[str], bool] | None = None
-    ) -> list[RunRecord]:
+    ) -> list[RunSummary]:
         """Records without what tells of a run's way (trace, layers, traceback), so that many fit into memory.
 
         Args:
@@ -121,7 +111,10 @@ class Store:
             UserError: a record is missing, corrupt or of an unknown format version.
         """
         wanted = self.run_ids() if run_ids is None else run_ids
-        return [_summary(self.load(run_id), is_wanted) for run_id in wanted]
+        found = (self._read(run_id, RunSummary) for run_id in wanted)
+        if is_wanted is None:
+            return list(found)
+        return [r.model_copy(update={"measures": tuple(m for m in r.measures if is_wanted(m.name))}) for r in found]
 
     def load(self, run_id: str) -> RunRecord:
         """The record of one run.
@@ -129,10 +122,13 @@ class Store:
         Raises:
             UserError: there is no such run, its record is corrupt, or its format version is unknown.
         """
+        return self._read(run_id, RunRecord)
+
+    def _read(self, run_id: str, kind: type[Record]) -> Record:
         folder = self.folder(run_id)
         if not folder.is_dir():
             raise UserError(f"no run {run_id!r} in {self.root} (`harness report {self.root}` lists all)")
-        return read_record(folder)
+        return read_record(folder, kind)
 
     def documents(self, run_id: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         """Per-document scores of a run that is in the store, as `harness.run_files.read_documents` reads them."""

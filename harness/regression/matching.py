@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from harness.errors import UserError
-from harness.records import Provenance, RunRecord, RunSpec
+from harness.records import Provenance, RunRecord, RunSpec, RunSummary
 from harness.report.rows import flatten
 from harness.store import Store
 
@@ -90,7 +90,7 @@ def _is_judged(measure: str) -> bool:
     return measure == "heldout/ppl_token" or measure.endswith("/acc_norm")
 
 
-def _records(store: Store) -> dict[str, RunRecord]:
+def _records(store: Store) -> dict[str, RunSummary]:
     run_ids = store.run_ids()
     records = dict(zip(run_ids, store.summaries(run_ids, _is_judged), strict=True))
     if not records:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from harness.durable import write_file
 from harness.errors import UserError
-from harness.records import RunRecord, RunSpec
+from harness.records import LayerWidths, RunRecord, RunSpec
 from harness.run_files import DOCUMENTS, RECORD, SUMS
 from harness.store import Store
 
@@ -112,12 +112,14 @@ def test_a_later_attempt_replaces_the_earlier_one_whole(
 
 def test_summaries_leave_out_what_tells_of_a_runs_way_and_keep_its_numbers(store: Store, add_run: Make) -> None:
     first, second = add_run("flap", 0.2), add_run("slicegpt", 0.2)
-    store.write(first.model_copy(update={"trace": {"steps": [1, 2, 3]}, "traceback": "..."}))
+    widths = LayerWidths(num_key_value_heads=1, intermediate_size=8)
+    way = {"trace": {"steps": [1, 2, 3]}, "traceback": "...", "layers": (widths,)}
+    store.write(first.model_copy(update=way))
     wanted = [second.spec.run_id, first.spec.run_id]
     found = store.summaries(wanted)
     assert [record.spec.run_id for record in found] == wanted
     assert [record.measures for record in found] == [second.measures, first.measures]
-    assert [(record.trace, record.traceback) for record in found] == [({}, None)] * 2
+    assert [(record.trace, record.traceback, record.layers) for record in found] == [({}, None, ())] * 2
     assert gc.isenabled()
 
 
