@@ -20,10 +20,10 @@ verify: $(INSTALLED)
 golden: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m slow tests/baselines tests/adapt_pruner tests/harness/test_cli.py
 
-# Is accuracy worse than in the committed runs? Too few documents to tell (exit code 3) is no failure.
+# Is accuracy worse than in the committed runs?
 regress: $(INSTALLED)
 	$(BIN)/harness regress --reference results/reference/ci --candidate results/ci --run \
-	  --tolerance 2.5 --max-loss-increase 0.02 --max-params-ratio 1.0 || [ $$? -eq 3 ]
+	  --tolerance 2.5 --max-loss-increase 0.02 --max-params-ratio 1.0 --allow-cannot-tell
 
 # Into site/. A broken link, a page outside the navigation or a docstring that cannot be read is an error.
 docs: $(INSTALLED)

@@ -14,7 +14,7 @@ from harness.options import BatchTokens, Device
 from harness.terminal import complain, console
 
 if TYPE_CHECKING:
-    from harness.regression import Limits
+    from harness.regression import Limits, Regression
     from harness.results import Results
     from harness.store import Store
 
@@ -37,6 +37,9 @@ def regress(
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare although documents, versions or settings differ.")
     ] = False,
+    allow_cannot_tell: Annotated[
+        bool, typer.Option("--allow-cannot-tell", help="Exit with 0, not 3, where the documents are too few to tell.")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Also write the summary to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML to this file.")] = None,
     annotate: Annotated[
@@ -55,7 +58,8 @@ def regress(
     if run:
         _make_candidate(ours.store, theirs, device, batch_tokens)
     theirs.pull()
-    sys.exit(_compare(ours.store, theirs.store, limits, allow_different, (markdown, junit), annotate))
+    found = _compare(ours.store, theirs.store, limits, allow_different, (markdown, junit), annotate)
+    sys.exit(0 if allow_cannot_tell and found.verdict == "cannot tell" else found.exit_code)
 
 
 @collection_paused()
@@ -66,8 +70,8 @@ def _compare(
     allow_different: bool,
     files: tuple[Path | None, Path | None],
     annotate: bool,
-) -> int:
-    """Judge and tell, into the files (Markdown, JUnit XML) too; the exit code."""
+) -> Regression:
+    """Judge and tell, into the files (Markdown, JUnit XML) too."""
     from harness.regression import regress, to_annotations, to_junit, to_markdown
 
     found = regress(reference, candidate, limits, allow_different=allow_different)
@@ -77,7 +81,7 @@ def _compare(
     print(to_markdown(found))
     if annotate:
         print("\n".join(to_annotations(found)))
-    return found.exit_code
+    return found
 
 
 def _make_candidate(reference: Store, candidate: Results, device: str, batch_tokens: int) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from harness import cli
@@ -34,7 +35,8 @@ def test_the_steps_on_the_page_give_the_action_inputs_that_it_has() -> None:
     assert required <= set(step["with"])
 
 
-def test_the_actions_shell_runs_the_check_and_keeps_its_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "code"), [("", 3), ("--allow-cannot-tell", 0)])
+def test_the_actions_shell_runs_the_check_and_keeps_its_exit_code(tmp_path: Path, options: str, code: int) -> None:
     """The step as GitHub runs it: bash, with the inputs in the environment, on the committed reference."""
     step = next(step for step in ACTION["runs"]["steps"] if step.get("id") == "regress")
     program = tmp_path / "harness" / "bin" / "harness"
@@ -43,15 +45,16 @@ def test_the_actions_shell_runs_the_check_and_keeps_its_exit_code(tmp_path: Path
     program.chmod(0o755)
     defaults = {name.upper(): str(field.get("default", "")) for name, field in ACTION["inputs"].items()}
     reference = str(ROOT / "results" / "reference")
-    given = {"REFERENCE": reference, "CANDIDATE": reference, "TOLERANCE": "0.1", "JUNIT": str(tmp_path / "junit.xml")}
-    files = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    given = {"REFERENCE": reference, "CANDIDATE": reference, "TOLERANCE": "0.1", "OPTIONS": options}
+    names = {"JUNIT": "junit.xml", "GITHUB_OUTPUT": "output", "GITHUB_STEP_SUMMARY": "summary"}
+    files = {variable: str(tmp_path / name) for variable, name in names.items()}
     environment = {**os.environ, **defaults, **given, **files, "RUNNER_TEMP": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
         env=environment | {"GITHUB_ACTIONS": "true"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert (tmp_path / "output").read_text() == "exit-code=3\n"
+    assert done.returncode == code, done.stdout + done.stderr
+    assert (tmp_path / "output").read_text() == f"exit-code={code}\n"
     assert (tmp_path / "summary").read_text().startswith("# Regression: ❔ cannot tell")
     assert (tmp_path / "junit.xml").read_text().startswith("<?xml")
     assert "::warning title=harness regress::cannot tell: 13 runs" in done.stdout

@@ -233,6 +233,7 @@ def test_regress_makes_the_candidate_by_the_references_specs(compared: tuple[Pat
     assert "# Regression: ✅ pass" in shown
     assert 'failures="0" errors="0"' in junit.read_text()
     assert "cannot tell" in harness("regress", *options, "--tolerance", "1", expect=3)
+    assert "cannot tell" in harness("regress", *options, "--tolerance", "1", "--allow-cannot-tell")
 
 
 @pytest.mark.parametrize(
