@@ -16,7 +16,7 @@ TIED = "†"
 NOTHING = "–"
 _GIB = 1 << 30
 
-Part = Literal["name", "scores", "likelihoods", "tasks", "size and cost", "efficiency"]
+Part = Literal["name", "scores", "likelihoods", "tasks", "size and cost", "knob", "efficiency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def layout(frame: pd.DataFrame, tasks: Sequence[str], ppl_heading: str) -> list[
         ("train s", "size and cost", lambda line: _number(line["train_seconds"], 1)),
         ("train peak GiB", "size and cost", lambda line: _number(line["train_peak_bytes"], _GIB, 2)),
         ("eval s", "size and cost", lambda line: _number(line["eval_seconds"], 1)),
-        ("knob", "size and cost", _knob),
+        ("knob", "knob", _knob),
         *((heading, "efficiency", write) for heading, write in efficiency_cells()),
     ]  # fmt: skip
     lines = frame.to_dict("records")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +22,9 @@ _UNBOUNDED = 100_000
 _WIDEST_UNBROKEN = 30
 _NARROW_WORD = 6
 """Letters of a task's name on one line where the window is narrow: numbers stay whole, names break."""
+_BETWEEN_ENDS = re.compile(r"(?<=\d), (?=[-+\d])")
+_GAP = 2
+"""Characters between two columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +36,34 @@ class Tables:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Choose by the width there is."""
         shown = [replace(column, cells=column.cells[:_MOST_LINES]) for column in self.columns]
-        yield from self._fitted(shown, console, options)
+        for part, table in _fitted(shown, options.max_width):
+            if part:
+                yield Text(part, style="italic")
+            yield Padding(table, (0, 0, 1, 0))
         left = len(self.columns[0].cells) - _MOST_LINES
         if left > 0:
             yield Text(f"{left:,} more lines are in leaderboard.md and leaderboard.csv", style="italic")
 
-    def _fitted(self, columns: Sequence[Column], console: Console, options: ConsoleOptions) -> RenderResult:
-        whole = _table(columns)
-        needed = console.measure(whole, options=options.update(max_width=_UNBOUNDED)).maximum
-        if needed <= options.max_width:
-            yield whole
-            return
-        for part in ("scores", "likelihoods", "tasks", "size and cost", "efficiency"):
-            chosen = [column for column in columns if column.part in ("name", part)]
-            if any(column.part == part for column in chosen):
-                yield Text(part, style="italic")
-                yield _table(chosen, _NARROW_WORD if part == "tasks" else _UNBOUNDED)
+
+def _fitted(columns: Sequence[Column], room: int) -> Iterator[tuple[str, Table]]:
+    """One table, or one for every part."""
+    whole = [_size(column).widest for column in columns]
+    if sum(whole) + _GAP * (len(whole) - 1) <= room:
+        yield "", _table(columns, whole)
+        return
+    for part in ("scores", "likelihoods", "tasks", "size and cost", "knob", "efficiency"):
+        chosen = [column for column in columns if column.part in ("name", part)]
+        if any(column.part == part for column in chosen):
+            sizes = [_size(column, _NARROW_WORD if column.part == "tasks" else _UNBOUNDED) for column in chosen]
+            yield part, _table(chosen, _narrowed(sizes, room - _GAP * (len(chosen) - 1)))
 
 
-def _table(columns: Sequence[Column], longest_word: int = _UNBOUNDED) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        texts = [_compact(cell) for cell in column.cells]
-        is_name = column.part == "name"
-        words = texts if is_name else [word for text in texts for word in text.split(" ")]
-        table.add_column(
-            _heading(column.heading, max(map(len, texts)), longest_word),
-            justify="left" if is_name else "right",
-            min_width=None if column.part == "size and cost" else min(max(map(len, words)), _WIDEST_UNBROKEN),
-            overflow="fold",
-        )
+def _table(columns: Sequence[Column], widths: Sequence[int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column, width in zip(columns, widths, strict=True):
+        heading = Text("\n".join(textwrap.wrap(column.heading.replace("_", " "), width)))
+        is_text = column.part in ("name", "knob")
+        table.add_column(heading, justify="left" if is_text else "right", width=width, overflow="fold")
     blocks = list(zip(*(column.cells for column in columns if column.heading in ("model", "sparsity")), strict=True))
     for position, line in enumerate(zip(*(column.cells for column in columns), strict=True)):
         if position and blocks[position] != blocks[position - 1]:
@@ -68,13 +72,38 @@ def _table(columns: Sequence[Column], longest_word: int = _UNBOUNDED) -> Table:
     return table
 
 
-def _heading(text: str, width: int, longest_word: int) -> Text:
-    """Broken to the width of what stands below, as far as its words allow; words longer than allowed break too."""
-    words = text.replace("_", " ").split()
-    longest = min(max((len(word) for word in words), default=1), longest_word)
-    return Text("\n".join(textwrap.wrap(" ".join(words), max(width, longest))))
+class _Size(NamedTuple):
+    """Characters of a column."""
+
+    widest: int
+    """So that no cell breaks; headings break between words."""
+    least: int
+    """So that cells break only between words, and names not at all."""
+
+
+def _size(column: Column, longest_word: int = _UNBOUNDED) -> _Size:
+    """Of a column whose heading's words break from that length on."""
+    texts = [_compact(cell) for cell in column.cells]
+    heading = min(longest_word, max(map(len, column.heading.replace("_", " ").split())))
+    unbroken = texts if column.part == "name" else [word for text in texts for word in text.split()]
+    least = min(_WIDEST_UNBROKEN, max(map(len, unbroken), default=0))
+    return _Size(max(heading, *map(len, texts)), max(heading, least))
+
+
+def _narrowed(sizes: Sequence[_Size], room: int) -> list[int]:
+    """Widths that fit if they can, the widest narrowed first.
+
+    Ours, as rich narrows columns below their least width, widens them again and then cuts off the table's right edge.
+    """
+    widths = [size.widest for size in sizes]
+    while sum(widths) > room:
+        wide = [i for i, size in enumerate(sizes) if widths[i] > size.least]
+        if not wide:
+            break  # rich breaks words
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
 
 
 def _compact(cell: Cell) -> str:
     """The text without the spaces inside an interval, which then breaks before its bracket if it must."""
-    return cell.text.replace(", ", ",")
+    return _BETWEEN_ENDS.sub(",", cell.text)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from harness.report.cells import NOTHING, TIED, Cell, Column
 from harness.report.leaderboard import Leaderboard, Section
 
-_PARTS = (("scores", "likelihoods"), ("tasks",), ("size and cost", "efficiency"))
+_PARTS = (("scores", "likelihoods"), ("tasks",), ("size and cost", "efficiency"), ("knob",))
 """One table each, of columns that fit a page's width together."""
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

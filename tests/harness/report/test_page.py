@@ -160,7 +160,7 @@ def test_cells_sort_by_the_number_they_begin_with(text: str, number: float | Non
 def test_latex_holds_every_row_and_escapes_what_would_be_commands() -> None:
     leaderboard = build_leaderboard(Store(REFERENCE))
     text = to_latex(leaderboard)
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 4  # scores, tasks, size, knobs
     body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
     assert len(body.strip().splitlines()) == len(leaderboard.frame)
     assert r"\textbf{" in body
