@@ -14,6 +14,7 @@ from rich.table import Table
 from harness import lookups
 from harness.accel_command import accel
 from harness.compare_command import compare, merge
+from harness.durable import write_file
 from harness.errors import UserError
 from harness.options import (
     BasisName,
@@ -160,7 +161,7 @@ def evaluate(
     for note in evaluation.notes:
         console.print(note)
     if json_ is not None:
-        json_.write_text("[" + ",\n ".join(to_json(m).decode() for m in evaluation.measures) + "]\n")
+        write_file(json_, b"[" + b",\n ".join(to_json(m) for m in evaluation.measures) + b"]\n")
 
 
 @app.command()
@@ -216,9 +217,9 @@ def verify(
     tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     results = list(verify_methods(names, figures, tell))
     page = fidelity_page(results, machine())
-    if out is not None:
-        out.write_text(page)
     console.print(page, markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        write_file(out, page.encode())
     sys.exit(1 if any(result.disagreements for result in results) else 0)
 
 

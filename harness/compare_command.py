@@ -177,7 +177,7 @@ def _show(leaderboard: Leaderboard, results: Results) -> int:
     leaderboard.write(folder)
     results.publish(folder)
     console.print(leaderboard.to_rich())
-    console.print(f"{results.shown}/latest/leaderboard.csv and leaderboard.md hold this table", highlight=False)
+    console.print(f"{results.store.shown}/latest/leaderboard.csv and leaderboard.md hold this table", highlight=False)
     if (reason := leaderboard.why_nothing_ran) is not None:
         raise UserError(reason)
     return leaderboard.exit_code

@@ -40,7 +40,7 @@ def merge(into: Store, others: Sequence[Store]) -> Merged:
     for other in others:
         run_ids = other.run_ids()
         if not run_ids:
-            raise UserError(f"no runs in {other.root}; name folders that `harness compare --out` wrote")
+            raise UserError(f"no runs in {other.shown}; name folders that `harness compare --out` wrote")
         for run_id in run_ids:
             theirs = other.load(run_id)
             ours = into.load(run_id) if run_id in here else None

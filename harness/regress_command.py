@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.durable import write_file
 from harness.errors import UserError
 from harness.garbage import collection_paused
 from harness.options import BatchTokens, Device
@@ -75,12 +76,12 @@ def _compare(
     from harness.regression import regress, to_annotations, to_junit, to_markdown
 
     found = regress(reference, candidate, limits, allow_different=allow_different)
-    for path, write in zip(files, (to_markdown, to_junit), strict=True):
-        if path is not None:
-            path.write_text(write(found), encoding="utf-8")
     print(to_markdown(found))
     if annotate:
         print("\n".join(to_annotations(found)))
+    for path, write in zip(files, (to_markdown, to_junit), strict=True):
+        if path is not None:
+            write_file(path, write(found).encode())
     return found
 
 

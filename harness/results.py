@@ -45,13 +45,8 @@ class Results:
     url: str | None = None
     """Where the runs are besides."""
 
-    def __init__(self, folder: Path) -> None:
-        self.store = Store(folder)
-
-    @property
-    def shown(self) -> str:
-        """As the user named it."""
-        return self.url or str(self.store.root)
+    def __init__(self, folder: Path, shown: str | None = None) -> None:
+        self.store = Store(folder, shown)
 
     def require_writable(self) -> None:
         """Fail now rather than after the first run.
@@ -75,8 +70,8 @@ class RemoteResults(Results):
     """A results folder on object storage."""
 
     def __init__(self, url: str, mirror: Path) -> None:
-        super().__init__(mirror)
         self.url = url.rstrip("/")
+        super().__init__(mirror, self.url)
         with self._reaching():
             self._files, self._root = fsspec.core.url_to_fs(self.url)
 

@@ -36,10 +36,12 @@ class Store:
 
     Args:
         root: the results folder. Nothing is created before the first write, so that reading needs no permission.
+        shown: what messages call it; None takes its path.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, shown: str | None = None) -> None:
         self.root = Path(root)
+        self.shown = shown or str(root)
         self.runs = self.root / "runs"
         self._leases = Leases(self.root / "leases")
 
@@ -127,7 +129,7 @@ class Store:
     def _read(self, run_id: str, kind: type[Record]) -> Record:
         folder = self.folder(run_id)
         if not folder.is_dir():
-            raise UserError(f"no run {run_id!r} in {self.root} (`harness report {self.root}` lists all)")
+            raise UserError(f"no run {run_id!r} in {self.shown} (`harness report {self.shown}` lists all)")
         return read_record(folder, kind)
 
     def documents(self, run_id: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:

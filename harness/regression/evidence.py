@@ -195,7 +195,7 @@ class _Reader:
         if dense is None:
             raise UserError(
                 f"--min-recovery needs the dense run of {record.spec.model.name} beside {record.spec.run_id} in "
-                f"{self.candidate.root}: add it with `harness compare --methods dense`"
+                f"{self.candidate.shown}: add it with `harness compare --methods dense`"
             )
         run_id = dense.spec.run_id
         if run_id not in self._dense:

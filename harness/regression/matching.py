@@ -57,7 +57,7 @@ def match(reference: Store, candidate: Store) -> Matching:
             del ours[run_id], theirs[pair.candidate.spec.run_id]
     if not pairs:
         raise UserError(
-            f"no run of {candidate.root} has the model, method, sparsity and seed of a run of {reference.root}; "
+            f"no run of {candidate.shown} has the model, method, sparsity and seed of a run of {reference.shown}; "
             "`harness regress --run` makes the candidate by the reference's specs"
         )
     return Matching(tuple(sorted(pairs, key=lambda pair: pair.reference.spec.run_id)), tuple(ours), tuple(theirs))
@@ -94,7 +94,7 @@ def _records(store: Store) -> dict[str, RunSummary]:
     run_ids = store.run_ids()
     records = dict(zip(run_ids, store.summaries(run_ids, _is_judged), strict=True))
     if not records:
-        raise UserError(f"{store.root} has no runs; pass a results folder, as `harness compare --out` writes it")
+        raise UserError(f"{store.shown} has no runs; pass a results folder, as `harness compare --out` writes it")
     return records
 
 

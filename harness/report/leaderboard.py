@@ -140,7 +140,7 @@ def build_leaderboard(store: Store, run_ids: Sequence[str] | None = None, comman
     """
     records = store.summaries(None if run_ids is None else dict.fromkeys(run_ids))
     if not records:
-        raise UserError(f"no runs in {store.root}; `harness compare --out {store.root}` makes some")
+        raise UserError(f"no runs in {store.shown}; `harness compare --out {store.shown}` makes some")
     rows = group_rows(records)
     dense = dense_rows(rows)
     scores: dict[Row, RowScores] = {}

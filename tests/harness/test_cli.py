@@ -242,6 +242,8 @@ def test_regress_makes_the_candidate_by_the_references_specs(compared: tuple[Pat
         (["--tolerance", "0"], "--tolerance 0 is not in (0, 100] points"),
         (["--run"], "--candidate is the reference itself"),
         (["--candidate", "nowhere"], "nowhere has no runs"),
+        (["--candidate", "memory://nowhere"], "memory://nowhere has no runs"),
+        (["--tolerance", "50", "--junit", "/dev/null/junit.xml"], "cannot write to the folder /dev/null"),
     ],
 )
 def test_regress_refuses_what_it_cannot_use(options: list[str], message: str, compared: tuple[Path, str]) -> None:

@@ -32,7 +32,7 @@ def test_a_path_is_a_folder_and_nothing_goes_elsewhere(tmp_path: Path, put: Put)
     record = put(results.store, "flap", 0.5)
     results.push([record.spec.run_id])
     results.pull()
-    assert results.shown == str(tmp_path)
+    assert results.store.shown == str(tmp_path)
 
 
 def test_what_one_machine_pushes_another_pulls(url: str, tmp_path: Path, put: Put) -> None:
