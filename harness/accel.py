@@ -24,7 +24,7 @@ from harness.evaluation.quiet import quiet
 from harness.footprint import Footprint
 from harness.models import load_model
 from harness.models.prospect import Prospect, prospect
-from harness.models.saving import refuse_existing, save_model
+from harness.models.saving import require_new, save_model
 from harness.records import CalibrationSpec, Dtype, ModelRef, ParamCounts, TrainingSpec
 from harness.registry import build_method
 from harness.request import calibration_spec, model_ref, one_sparsity
@@ -156,7 +156,7 @@ def run_accel(
     Raises:
         UserError: anything the user must mend; checkpoints stay.
     """
-    refuse_existing(out)
+    require_new(out)
     accelerator = _accelerator()
     with quiet():
         loaded = load_model(plan.model, dtype, device if accelerator is None else str(accelerator.device))

@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.export import Exported, export_gguf
 from harness.method import PrunedModel
 from harness.models import load_model
-from harness.models.saving import refuse_existing, save_model
+from harness.models.saving import require_new, save_model
 from harness.models.source import checkpoint_folder
 from harness.records import Basis, CalibrationSpec, Dtype, EvaluationSpec, ModelRef, ParamCounts
 from harness.registry import build_method
@@ -61,7 +61,7 @@ def prune_and_save(
     Raises:
         UserError: the method cannot prune this model that far, or the folder cannot be written.
     """
-    refuse_existing(out)
+    require_new(out)
     on_record = list(Store(results).records())
     competitor = build_method(method, params)
     loaded = load_model(model, dtype, device, stream=stream)
@@ -147,7 +147,7 @@ def export_model(model: ModelRef, precision: str, out: Path) -> Exported:
     Raises:
         UserError: it does not load, llama.cpp cannot run it, or the file cannot be written.
     """
-    refuse_existing(out)
+    require_new(out)
     config = json.loads((checkpoint_folder(model) / "config.json").read_text())
     # Both hold every value of the checkpoint; float32 would only double the memory of a bfloat16 one.
     dtype: Dtype = "bfloat16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "float32"

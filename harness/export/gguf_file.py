@@ -21,7 +21,7 @@ from harness.errors import UserError
 from harness.export.architecture import Architecture, architecture_of
 from harness.export.tensors import gguf_tensors
 from harness.export.tokenizer import GgufVocabulary, gguf_vocabulary
-from harness.models.saving import refuse_existing
+from harness.models.saving import require_new
 
 PRECISIONS: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -56,7 +56,7 @@ def export_gguf(model: Any, tokenizer: Any, out: Path, *, name: str, precision: 
     Raises:
         UserError: llama.cpp cannot run this model or tokenizer, ``out`` exists, or the disk refuses.
     """
-    refuse_existing(out)
+    require_new(out)
     architecture = architecture_of(model)
     vocabulary = gguf_vocabulary(tokenizer, architecture.vocab_size)
     fresh = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")

@@ -44,7 +44,7 @@ def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
     Raises:
         UserError: ``out`` exists, cannot be written, or the disk is full.
     """
-    refuse_existing(out)
+    require_new(out)
     with _whole_folder(out) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -61,14 +61,18 @@ def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
         _sync(folder)
 
 
-def refuse_existing(out: Path) -> None:
+def require_new(out: Path) -> None:
     """Fail before the work rather than after it.
 
     Raises:
-        UserError: ``out`` exists.
+        UserError: ``out`` exists, or nothing can be written beside it.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; remove it or pass another --out")
+    with disk_errors(out.parent):
+        if out.exists():
+            raise UserError(f"{out} exists already; remove it or pass another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
 
 
 def write_shards(state: Mapping[str, Weight], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

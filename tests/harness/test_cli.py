@@ -174,6 +174,7 @@ def test_the_card_of_a_pruned_folder_has_the_scores_of_the_run_that_it_equals(
         (["evaluate", "smollm2-135m", "--device", "cuda:7"], "device 'cuda:7' cannot be used here"),
         (["report", "docs"], "no runs in docs"),
         (["export", "smollm2-135m", "--precision", "q4"], "precision 'q4' is not known; pass one of float32, float16"),
+        (["prune", "--method", "flap", "--sparsity", "0.2", "--out", "/dev/null/out"], "cannot write to the folder"),
         (["export", "smollm2-135m", "--out", "README.md"], "README.md exists already"),
     ],
 )
