@@ -187,7 +187,9 @@ def read_scores(store: Store, record: RunRecord) -> dict[str, DocumentScores] | 
     if frame is None:
         return None
     pools = frame["group"].fillna(frame["task"])
-    documents = sorted(zip(pools, frame["task"], frame["doc_id"], frame["doc_hash"], range(len(frame)), strict=True))
+    order = (pools, frame["task"], frame["doc_id"], frame["doc_hash"])
+    # As lists: from one text to the next they take a tenth of the time that pandas takes.
+    documents = sorted(zip(*(column.tolist() for column in order), range(len(frame)), strict=True))
     columns = {name: frame[name].to_numpy(dtype=np.float64) for name in numbers}
     found: dict[str, DocumentScores] = {}
     for pool, members in groupby(documents, key=lambda document: document[0]):
