@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
 from rich.table import Table
@@ -84,10 +85,10 @@ class _Size(NamedTuple):
 def _size(column: Column, longest_word: int = _UNBOUNDED) -> _Size:
     """Of a column whose heading's words break from that length on."""
     texts = [_compact(cell) for cell in column.cells]
-    heading = min(longest_word, max(map(len, column.heading.replace("_", " ").split())))
+    heading = min(longest_word, max(map(cell_len, column.heading.replace("_", " ").split())))
     unbroken = texts if column.part == "name" else [word for text in texts for word in text.split()]
-    least = min(_WIDEST_UNBROKEN, max(map(len, unbroken), default=0))
-    return _Size(max(heading, *map(len, texts)), max(heading, least))
+    least = min(_WIDEST_UNBROKEN, max(map(cell_len, unbroken), default=0))
+    return _Size(max(heading, *map(cell_len, texts)), max(heading, least))
 
 
 def _narrowed(sizes: Sequence[_Size], room: int) -> list[int]:
