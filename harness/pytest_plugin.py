@@ -28,6 +28,7 @@ class NoRegression(Protocol):
         max_params_ratio: float | None = None,
         max_time_ratio: float | None = None,
         allow_different: bool = False,
+        require_all: bool = False,
         allow_cannot_tell: bool = False,
     ) -> Regression:
         """Compare two results folders, as `harness regress` does with flags of these names."""
@@ -45,6 +46,7 @@ def no_regression() -> NoRegression:
         candidate: Path | str,
         *,
         allow_different: bool = False,
+        require_all: bool = False,
         allow_cannot_tell: bool = False,
         **limits: float | None,
     ) -> Regression:
@@ -55,7 +57,9 @@ def no_regression() -> NoRegression:
         ours, theirs = results_at(str(reference)), results_at(str(candidate))
         for results in (ours, theirs):
             results.pull()
-        found = regress(ours.store, theirs.store, Limits(**given), allow_different=allow_different)
+        found = regress(
+            ours.store, theirs.store, Limits(**given), allow_different=allow_different, require_all=require_all
+        )
         if found.verdict == "fail" or (found.verdict == "cannot tell" and not allow_cannot_tell):
             pytest.fail(to_markdown(found), pytrace=False)
         return found

@@ -15,7 +15,7 @@ from harness.options import BatchTokens, Device
 from harness.terminal import complain, console
 
 if TYPE_CHECKING:
-    from harness.regression import Limits, Regression
+    from harness.regression import Regression
     from harness.results import Results
     from harness.store import Store
 
@@ -38,6 +38,9 @@ def regress(
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare although documents, versions or settings differ.")
     ] = False,
+    require_all: Annotated[
+        bool, typer.Option("--require-all", help="Refuse a candidate that lacks runs of the reference.")
+    ] = False,
     allow_cannot_tell: Annotated[
         bool, typer.Option("--allow-cannot-tell", help="Exit with 0, not 3, where the documents are too few to tell.")
     ] = False,
@@ -50,39 +53,33 @@ def regress(
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Is the candidate's accuracy worse than the reference's for real? Exit code 0 pass, 1 fail, 3 cannot tell."""
-    from harness.regression import Limits
+    from harness import regression
     from harness.results import results_at
 
-    limits = Limits(tolerance, min_recovery, max_loss_increase, max_params_ratio, max_time_ratio)
+    limits = regression.Limits(tolerance, min_recovery, max_loss_increase, max_params_ratio, max_time_ratio)
     ours, theirs = results_at(reference), results_at(candidate)
     ours.pull()
     if run:
         _make_candidate(ours.store, theirs, device, batch_tokens)
     theirs.pull()
-    found = _compare(ours.store, theirs.store, limits, allow_different, (markdown, junit), annotate)
+    with collection_paused():
+        found = regression.regress(
+            ours.store, theirs.store, limits, allow_different=allow_different, require_all=require_all
+        )
+        _tell(found, markdown, junit, annotate)
     sys.exit(0 if allow_cannot_tell and found.verdict == "cannot tell" else found.exit_code)
 
 
-@collection_paused()
-def _compare(
-    reference: Store,
-    candidate: Store,
-    limits: Limits,
-    allow_different: bool,
-    files: tuple[Path | None, Path | None],
-    annotate: bool,
-) -> Regression:
-    """Judge and tell, into the files (Markdown, JUnit XML) too."""
-    from harness.regression import regress, to_annotations, to_junit, to_markdown
+def _tell(found: Regression, markdown: Path | None, junit: Path | None, annotate: bool) -> None:
+    """On the terminal, then into files."""
+    from harness.regression import to_annotations, to_junit, to_markdown
 
-    found = regress(reference, candidate, limits, allow_different=allow_different)
     print(to_markdown(found))
     if annotate:
         print("\n".join(to_annotations(found)))
-    for path, write in zip(files, (to_markdown, to_junit), strict=True):
+    for path, write in ((markdown, to_markdown), (junit, to_junit)):
         if path is not None:
             write_file(path, write(found).encode())
-    return found
 
 
 def _make_candidate(reference: Store, candidate: Results, device: str, batch_tokens: int) -> None:

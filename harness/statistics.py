@@ -163,14 +163,15 @@ def mcnemar(
     """McNemar's exact test on the answers, right (1) or wrong (0), of two runs to the same questions.
 
     Given the questions that only one run got right, each run is as likely to be that one if neither is better: a
-    binomial test at one half, one-sided where ``alternative`` is that the first is better (``greater``).
+    binomial test at one half, one-sided where ``alternative`` is that the first is better (``greater``). Where answers
+    earn parts of a point, the one that earned more counts as right: the sign test, which this is for ones and zeros.
 
     Source: McNemar, Note on the sampling error of the difference between correlated proportions or percentages
     (Psychometrika 12, 1947).
     """
     first, second = np.asarray(first_D), np.asarray(second_D)
-    if first.shape != second.shape or not np.isin([first, second], [0, 1]).all():
-        raise ValueError("McNemar's test takes two equally long rows of zeros and ones")
+    if first.shape != second.shape or not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("McNemar's test takes two equally long rows of finite scores")
     only_first = int(np.count_nonzero(first > second))
     only_second = int(np.count_nonzero(first < second))
     if only_first + only_second == 0:

@@ -10,7 +10,7 @@ from typing import Literal
 from harness.records import RunRecord
 from harness.regression.evidence import Advantage, Evidence, read_evidence
 from harness.regression.limits import Limits
-from harness.regression.matching import Pair, count_differences, match, refuse_differences
+from harness.regression.matching import Pair, count_differences, match, refuse_differences, refuse_missing
 from harness.report.scores import SIGNIFICANT
 from harness.store import Store
 
@@ -73,7 +73,9 @@ class Regression:
         return EXIT_CODES[self.verdict]
 
 
-def regress(reference: Store, candidate: Store, limits: Limits, *, allow_different: bool = False) -> Regression:
+def regress(
+    reference: Store, candidate: Store, limits: Limits, *, allow_different: bool = False, require_all: bool = False
+) -> Regression:
     """Compare every reference run with its counterpart.
 
     Args:
@@ -81,11 +83,14 @@ def regress(reference: Store, candidate: Store, limits: Limits, *, allow_differe
         candidate: the runs made with what is under test.
         limits: how much worse they may be.
         allow_different: compare although documents, versions, data, calibration or settings differ.
+        require_all: compare only if every reference run has a counterpart.
 
     Raises:
-        UserError: a folder is empty or corrupt, nothing matches, or something differs that was not allowed to.
+        UserError: a folder is empty or corrupt, nothing matches, or something differs or lacks that was not allowed to.
     """
     matching = match(reference, candidate)
+    if require_all:
+        refuse_missing(matching)
     if not allow_different:
         refuse_differences(matching.pairs)
     scored = [pair for pair in matching.pairs if pair.reference.status == pair.candidate.status == "ok"]

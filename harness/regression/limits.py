@@ -34,7 +34,7 @@ class Limits:
             value = getattr(self, field.name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{_flag(field.name)} {value} is not a number to compare with")
-        if not 0 < self.tolerance <= 100:
+        if not 0 < self.tolerance / 100 <= 1:
             raise UserError(
                 f"--tolerance {self.tolerance:g} is not in (0, 100] points: that nothing dropped at all can be shown "
                 "with no number of documents, so pass the drop that may be, such as 1.0"

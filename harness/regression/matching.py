@@ -46,21 +46,34 @@ def match(reference: Store, candidate: Store) -> Matching:
     """
     ours, theirs = _records(reference), _records(candidate)
     pairs = [_pair(ours.pop(run_id), theirs.pop(run_id)) for run_id in sorted(ours.keys() & theirs.keys())]
-    rest: dict[Key, list[RunRecord]] = {}
-    for record in theirs.values():
-        rest.setdefault(_key(record.spec), []).append(record)
-    for run_id, record in list(ours.items()):
-        if found := rest.get(_key(record.spec)):
-            pair = _closest(record, found)
-            found.remove(pair.candidate)
-            pairs.append(pair)
-            del ours[run_id], theirs[pair.candidate.spec.run_id]
+    rest: dict[Key, tuple[list[RunRecord], list[RunRecord]]] = {}
+    for side, records in enumerate((ours, theirs)):
+        for record in records.values():
+            rest.setdefault(_key(record.spec), ([], []))[side].append(record)
+    for pair in (pair for alike in rest.values() for pair in _closest(*alike)):
+        pairs.append(pair)
+        del ours[pair.reference.spec.run_id], theirs[pair.candidate.spec.run_id]
     if not pairs:
         raise UserError(
             f"no run of {candidate.shown} has the model, method, sparsity and seed of a run of {reference.shown}; "
             "`harness regress --run` makes the candidate by the reference's specs"
         )
     return Matching(tuple(sorted(pairs, key=lambda pair: pair.reference.spec.run_id)), tuple(ours), tuple(theirs))
+
+
+def refuse_missing(matching: Matching) -> None:
+    """Stop where a reference run has no counterpart.
+
+    Raises:
+        UserError: naming some, and how many there are.
+    """
+    missing = matching.only_reference
+    if missing:
+        rest = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise UserError(
+            f"the candidate lacks runs of the reference: {', '.join(missing[:_NAMED])}{rest}; make them, or leave out "
+            "--require-all to compare the others"
+        )
 
 
 def refuse_differences(pairs: Sequence[Pair]) -> None:
@@ -102,14 +115,28 @@ def _key(spec: RunSpec) -> Key:
     return spec.model.name, spec.method, spec.sparsity, spec.seed
 
 
-def _closest(reference: RunRecord, candidates: Sequence[RunRecord]) -> Pair:
-    pairs = sorted((_pair(reference, candidate) for candidate in candidates), key=lambda pair: len(pair.differences))
-    if len(pairs) > 1 and len(pairs[0].differences) == len(pairs[1].differences):
-        names = " and ".join(pair.candidate.spec.run_id for pair in pairs[:2])
-        raise UserError(
-            f"{names} match the reference run {reference.spec.run_id} equally well; keep one of them in the candidate"
-        )
-    return pairs[0]
+def _closest(references: Sequence[RunRecord], candidates: Sequence[RunRecord]) -> list[Pair]:
+    """Pairs of runs whose model, method, sparsity and seed are the same, those with the fewest differences first."""
+    left = [_pair(reference, candidate) for reference in references for candidate in candidates]
+    found = []
+    while left:
+        best = min(left, key=lambda pair: len(pair.differences))
+        for rival in left:
+            shares = (rival.reference is best.reference) != (rival.candidate is best.candidate)
+            if shares and len(rival.differences) == len(best.differences):
+                raise _undecided(best, rival)
+        found.append(best)
+        left = [p for p in left if p.reference is not best.reference and p.candidate is not best.candidate]
+    return found
+
+
+def _undecided(first: Pair, second: Pair) -> UserError:
+    ours = dict.fromkeys(pair.reference.spec.run_id for pair in (first, second))
+    theirs = dict.fromkeys(pair.candidate.spec.run_id for pair in (first, second))
+    return UserError(
+        f"{' and '.join(ours)} in the reference and {' and '.join(theirs)} in the candidate match equally well; keep "
+        "one of the two"
+    )
 
 
 def _pair(reference: RunRecord, candidate: RunRecord) -> Pair:
@@ -137,8 +164,10 @@ def _parts(provenance: Provenance | None) -> tuple[object, ...] | None:
 
 
 def _origin(provenance: Provenance) -> dict[str, str]:
+    # The build of a version (2.13.0+cpu) belongs to the machine, as its processor does.
+    versions = {name: version.partition("+")[0] for name, version in provenance.packages.items()}
     return {
-        **flatten(provenance.packages, "version of "),
+        **flatten(versions, "version of "),
         **flatten(provenance.data_fingerprints, "documents of "),
         "weights": provenance.weights_sha256[:12],
         "calibration tokens": str(provenance.calibration_sha256)[:12],

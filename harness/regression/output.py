@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from tabulate import tabulate
 from harness.regression.judge import Regression, RunVerdict, Verdict, held_out_loss, interval, p_text, points
 
 _MARKS: dict[Verdict, str] = {"pass": "✅ pass", "fail": "❌ fail", "cannot tell": "❔ cannot tell"}
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Such as colours in a library's message. Source: XML 1.0, production 2."""
 _LEVELS: dict[Verdict, str] = {"pass": "notice", "fail": "error", "cannot tell": "warning"}
 
 
@@ -18,7 +21,9 @@ def headline(regression: Regression) -> str:
     """The verdict and what it is made of, in a line."""
     counts = Counter(run.verdict for run in regression.runs)
     parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _MARKS if counts[verdict])
-    return f"{regression.verdict}: {len(regression.runs)} runs compared with the reference ({parts})"
+    missing = len(regression.only_reference)
+    told = f"; {missing} of the reference are not in the candidate" if missing else ""
+    return f"{regression.verdict}: {len(regression.runs)} runs compared with the reference ({parts}){told}"
 
 
 def warnings(regression: Regression) -> Iterator[str]:
@@ -59,7 +64,8 @@ def to_junit(regression: Regression) -> str:
             tag = "failure" if check.verdict == "fail" else "error"
             ET.SubElement(case, tag, {"message": check.text, "type": check.verdict})
     ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    text = ET.tostring(root, encoding="unicode", xml_declaration=True)
+    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text) + "\n"
 
 
 def to_annotations(regression: Regression) -> list[str]:

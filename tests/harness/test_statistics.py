@@ -145,9 +145,10 @@ def test_mcnemar_by_hand() -> None:
     assert statistics.mcnemar(*_answers((5, 1, 7, 2))).p_value == pytest.approx(18 / 256)
 
 
-def test_mcnemar_refuses_what_is_neither_right_nor_wrong() -> None:
-    with pytest.raises(ValueError, match="zeros and ones"):
-        statistics.mcnemar([0.5, 1.0], [1.0, 0.0])
+def test_parts_of_a_point_make_it_the_sign_test() -> None:
+    assert statistics.mcnemar([0.5, 1.0, 0.2], [0.25, 0.0, 0.2]) == statistics.McNemar(2, 0, 0.5)
+    with pytest.raises(ValueError, match="finite"):
+        statistics.mcnemar([np.nan, 1.0], [1.0, 0.0])
 
 
 def test_pairing_sees_what_the_unpaired_z_test_misses() -> None:

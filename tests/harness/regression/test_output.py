@@ -56,6 +56,12 @@ def test_junit_counts_failures_and_errors_of_every_check(found: Regression) -> N
     assert all(case.get("classname", "").startswith("smollm2-135m--") for case in cases)
 
 
+def test_junit_is_xml_whatever_a_reason_holds(store: Store, candidate: Store, add_pair: Add) -> None:
+    add_pair(status="failed", reason="\x1b[31mout of memory\x00 <&>")
+    (case,) = ET.fromstring(to_junit(regress(store, candidate, Limits()))).iter("testcase")
+    assert "\N{REPLACEMENT CHARACTER}[31mout of memory" in next(iter(case)).get("message", "")
+
+
 def test_annotations_are_workflow_commands_on_one_line_each(found: Regression) -> None:
     lines = to_annotations(found)
     assert lines[0].startswith("::error title=harness regress::fail: 4 runs")

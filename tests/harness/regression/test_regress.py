@@ -14,7 +14,7 @@ from scipy import stats
 
 from harness.errors import UserError
 from harness.records import CalibrationSpec, Measure, RunRecord, RunSpec
-from harness.regression import Limits, Regression, regress
+from harness.regression import Limits, Regression, headline, regress
 from harness.regression.evidence import FAMILIES
 from harness.regression.judge import Check
 from harness.run_files import DOCUMENT_TYPES
@@ -226,6 +226,49 @@ def test_two_equally_good_counterparts_are_refused(
         candidate.write(make_record(make_spec("flap", 0.2, calibration=CalibrationSpec(num_samples=samples))))
     with pytest.raises(UserError, match="equally well"):
         regress(store, candidate, Limits())
+
+
+def test_leftover_runs_are_paired_by_the_fewest_differences_of_all(
+    store: Store,
+    candidate: Store,
+    make_spec: Callable[..., RunSpec],
+    make_record: Callable[..., RunRecord],
+) -> None:
+    few, many = CalibrationSpec(num_samples=16), CalibrationSpec(num_samples=32)
+    store.write(make_record(make_spec("flap", 0.2, calibration=few)))
+    other = make_record(make_spec("flap", 0.2, calibration=many))
+    store.write(other)
+    candidate.write(make_record(make_spec("flap", 0.2, calibration=many, round_to=8)))
+    found = regress(store, candidate, Limits(), allow_different=True)
+    assert [run.run_id for run in found.runs] == [other.spec.run_id]
+    assert [text.partition(":")[0] for text in found.runs[0].pair.differences] == ["round_to"]
+
+
+def test_runs_that_the_candidate_lacks_are_told_and_may_be_refused(
+    store: Store, candidate: Store, add_pair: Add
+) -> None:
+    add_pair("dense", 0.0)
+    missing, _ = add_pair("flap", 0.2)
+    shutil.rmtree(candidate.folder(missing.spec.run_id))
+    found = regress(store, candidate, Limits(3.0))
+    assert "1 of the reference are not in the candidate" in headline(found)
+    with pytest.raises(UserError, match=f"lacks runs of the reference: {missing.spec.run_id}; make them"):
+        regress(store, candidate, Limits(3.0), require_all=True)
+
+
+def test_the_build_of_a_version_is_no_difference(store: Store, candidate: Store, add_pair: Add) -> None:
+    before, _ = add_pair()
+    assert before.provenance is not None
+
+    def with_torch(version: str) -> Regression:
+        packages = before.provenance.packages | {"torch": version}  # type: ignore[union-attr]
+        add_pair(provenance=before.provenance.model_copy(update={"packages": packages}))  # type: ignore[union-attr]
+        return regress(store, candidate, Limits(3.0))
+
+    version = before.provenance.packages["torch"].partition("+")[0]
+    assert with_torch(version).differences == with_torch(f"{version}+cu130").differences == ()
+    with pytest.raises(UserError, match="version of torch"):
+        with_torch("1.0.0")
 
 
 def test_an_empty_or_unrelated_folder_is_one_sentence(store: Store, candidate: Store, add_pair: Add) -> None:
