@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from harness.cost import CostRequest, CostUnknownError, ScoringCost
-from harness.durable import write_file
+from harness.durable import disk_errors, write_file
 from harness.errors import UserError
-from harness.records import RunRecord
+from harness.records import RunRecord, RunSpec
 from harness.store import Store
 from harness.track import ATTENDED, Event, Track
 
@@ -67,44 +65,48 @@ class LocalExecutor:
         folder = track.out / "tracks"
         track_file = folder / f"{track.track_id}.json"
         log_file = folder / f"{track.track_id}.log"
+        store = Store(track.out)
+        before = store.versions(spec.run_id for spec in track.specs)
         write_file(track_file, track.model_dump_json(indent=2).encode())
-        with log_file.open("wb") as log:
+        with disk_errors(folder):
+            log = log_file.open("wb")
+        with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.runner", str(track_file), ATTENDED],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
+                encoding="utf-8",
                 env={**os.environ, **QUIET},
             )
             try:
-                finished, message = _relay(process, log_file, on_event)
+                finished, message = _relay(process, on_event)
             finally:
                 process.terminate()
                 process.wait()
         if message is not None:
             raise UserError(message)
         if process.returncode != 0:
-            _record_what_is_missing(track, finished, process.returncode, log_file)
+            left = [spec for spec in track.specs if spec.run_id not in finished]
+            untold = set(store.written_since({spec.run_id: before[spec.run_id] for spec in left}))
+            for run_id in untold:
+                on_event(Event(kind="finished", run_id=run_id, text=store.load(run_id).status))
+            missing = [spec for spec in left if spec.run_id not in untold]
+            _record_as_failed(store, missing, process.returncode, log_file)
 
     def stop(self) -> None:
         """Nothing runs in other threads."""
 
 
-def _relay(
-    process: subprocess.Popen[str], log_file: Path, on_event: Callable[[Event], None]
-) -> tuple[set[str], str | None]:
+def _relay(process: subprocess.Popen[str], on_event: Callable[[Event], None]) -> tuple[set[str], str | None]:
     """Pass the process's events on until it ends; the runs it finished and the message of its ``user_error``."""
     finished: set[str] = set()
     message = None
     assert process.stdout is not None
     for line in process.stdout:
-        try:
-            event = Event.model_validate_json(line)
-        except ValidationError:  # something a library printed
-            with log_file.open("a") as log:
-                log.write(line)
-            continue
+        if not line.endswith("\n"):  # killed in the middle of it
+            break
+        event = Event.model_validate_json(line)
         if event.kind == "user_error":
             message = event.text
         else:
@@ -115,11 +117,10 @@ def _relay(
     return finished, message
 
 
-def _record_what_is_missing(track: Track, finished: set[str], returncode: int, log_file: Path) -> None:
+def _record_as_failed(store: Store, specs: Iterable[RunSpec], returncode: int, log_file: Path) -> None:
     """A process that was killed writes no records: say so in its place."""
-    store = Store(track.out)
     last_lines = "\n".join(log_file.read_text(errors="replace").splitlines()[-40:])
-    for spec in (spec for spec in track.specs if spec.run_id not in finished):
+    for spec in specs:
         reason = f"its process ended with code {returncode}" + (
             " (killed, most likely for want of memory)" if returncode == -9 else ""
         )

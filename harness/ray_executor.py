@@ -16,7 +16,6 @@ from harness.errors import UserError
 from harness.executors import LocalExecutor
 from harness.records import RunRecord
 from harness.results import Results, results_at
-from harness.store import Store
 from harness.track import Event, Track
 
 try:
@@ -95,6 +94,8 @@ class RayExecutor:
             UserError: the track met something the user must mend.
         """
         left, reason = {spec.run_id: spec for spec in track.specs}, ""
+        store = self.results.store
+        before = store.versions(left)
 
         def hear(event: Event) -> None:
             if event.kind == "finished":
@@ -116,10 +117,11 @@ class RayExecutor:
                 return
             except ray.exceptions.RayError as error:  # of the system: a node, a worker or its memory is gone
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self.results.pull(list(left))
+                for run_id in store.written_since({run_id: before[run_id] for run_id in left}):
+                    hear(Event(kind="finished", run_id=run_id, text=store.load(run_id).status))
         for spec in left.values():
-            Store(track.out).write(
-                RunRecord(spec=spec, status="failed", reason=f"{self.attempts} attempts failed; {reason}")
-            )
+            store.write(RunRecord(spec=spec, status="failed", reason=f"{self.attempts} attempts failed; {reason}"))
 
     def stop(self) -> None:
         """Cancel what runs."""

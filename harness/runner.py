@@ -182,14 +182,17 @@ def _end_when_left_alone() -> None:
 def main() -> None:
     """Run the track in the file named on the command line; events go to standard output, one JSON object a line.
 
-    With `ATTENDED` after the file, the process ends at once when standard input closes.
+    What libraries print there goes to standard error. With `ATTENDED` after the file, the process ends at once when
+    standard input closes.
     """
     track = Track.model_validate_json(Path(sys.argv[1]).read_text())
     if ATTENDED in sys.argv[2:]:
         threading.Thread(target=_end_when_left_alone, daemon=True).start()
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def emit(event: Event) -> None:
-        print(event.model_dump_json(exclude_defaults=True), flush=True)
+        print(event.model_dump_json(exclude_defaults=True), file=events, flush=True)
 
     try:
         run_track(track, emit)

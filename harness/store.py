@@ -15,7 +15,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +29,17 @@ from harness.run_files import RECORD, Record, encode, read_all, read_documents, 
 
 LEFTOVER_SECONDS = 24 * 3600.0
 """Age from which a hidden folder cannot belong to a process that still writes it."""
+
+
+Version = tuple[int, int, int]
+
+
+def _version(folder: Path) -> Version | None:
+    try:
+        stat = os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 class Store:
@@ -131,6 +142,14 @@ class Store:
         if not folder.is_dir():
             raise UserError(f"no run {run_id!r} in {self.shown} (`harness report {self.shown}` lists all)")
         return read_record(folder, kind)
+
+    def versions(self, run_ids: Iterable[str]) -> dict[str, Version | None]:
+        """What changes whenever a run is written; None for one that is not there."""
+        return {run_id: _version(self.folder(run_id)) for run_id in run_ids}
+
+    def written_since(self, versions: Mapping[str, Version | None]) -> list[str]:
+        """Ids of the runs that were written after their versions were taken."""
+        return [run_id for run_id, now in self.versions(versions).items() if now not in (None, versions[run_id])]
 
     def documents(self, run_id: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         """Per-document scores of a run that is in the store, as `harness.run_files.read_documents` reads them."""

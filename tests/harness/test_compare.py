@@ -178,6 +178,42 @@ def test_a_process_that_is_killed_leaves_failed_records(tmp_path: Path, monkeypa
     assert store.missing(specs) == list(specs)
 
 
+WRITES_AND_DIES = """
+import os, signal, sys
+if "harness.runner" in sys.orig_argv:
+    from pathlib import Path
+    from harness.records import RunRecord
+    from harness.store import Store
+    from harness.track import Track
+    track = Track.model_validate_json(Path(sys.orig_argv[3]).read_text())
+    Store(track.out).write(RunRecord(spec=track.specs[0], status="ok"))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_was_written_before_its_process_was_killed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WRITES_AND_DIES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    specs = tuple(spec for track in expand(comparison("magnitude")) for spec in track)
+    told: list[Event] = []
+    store = Store(tmp_path / "results")
+    for _again in range(2):  # the second time its record is there before
+        told.clear()
+        LocalExecutor().run(Track(specs=specs, out=store.root), told.append)
+        assert [store.load(spec.run_id).status for spec in specs] == ["ok", "failed"]
+        assert [(event.kind, event.run_id) for event in told] == [("finished", specs[0].run_id)]
+
+
+def test_a_log_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
+    specs = tuple(spec for track in expand(comparison("magnitude")) for spec in track)
+    track = Track(specs=specs, out=tmp_path)
+    (tmp_path / "tracks" / f"{track.track_id}.log").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write to the folder"):
+        LocalExecutor().run(track, lambda _event: None)
+
+
 def test_the_cost_is_told_before_anything_runs_and_only_of_what_is_missing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     told: list[str] = []
