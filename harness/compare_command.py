@@ -197,8 +197,8 @@ def merge(
     for results in (into, *others):
         results.pull()
     merged = merge_stores(into.store, [other.store for other in others])
-    into.push(into.store.run_ids())
-    console.print(f"{merged.copied} runs copied, {merged.known} known already", highlight=False)
+    into.push(merged.copied)
+    console.print(f"{len(merged.copied)} runs copied, {merged.known} known already", highlight=False)
     for run_id in merged.differing:
         complain(f"{run_id}: there already with other numbers, which stay")
     sys.exit(_show(build_leaderboard(into.store), into))

@@ -14,7 +14,8 @@ from harness.store import Store
 class Merged:
     """What became of the runs."""
 
-    copied: int
+    copied: tuple[str, ...]
+    """Ids of those that the target has from the others now."""
     known: int
     """Those that the target held already, with the same numbers."""
     differing: tuple[str, ...]
@@ -34,7 +35,8 @@ def merge(into: Store, others: Sequence[Store]) -> Merged:
         UserError: a folder has no runs, a record is corrupt, or the target cannot be written to. Whole runs that were
             copied before stay.
     """
-    copied = known = 0
+    known = 0
+    copied: list[str] = []
     differing: list[str] = []
     here = set(into.run_ids())
     for other in others:
@@ -47,12 +49,12 @@ def merge(into: Store, others: Sequence[Store]) -> Merged:
             if ours is None or (ours.status == "failed" and theirs.status != "failed"):
                 into.adopt(other, run_id)
                 here.add(run_id)
-                copied += 1
+                copied.append(run_id)
             elif theirs.status == "failed" or _numbers(ours) == _numbers(theirs):
                 known += 1
             else:
                 differing.append(run_id)
-    return Merged(copied, known, tuple(differing))
+    return Merged(tuple(copied), known, tuple(differing))
 
 
 def _numbers(record: RunRecord) -> tuple[object, ...]:

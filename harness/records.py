@@ -172,6 +172,7 @@ class RunSpec(Frozen):
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         model = "".join(c if c.isalnum() or c in ".-_" else "-" for c in self.model.name.rsplit("/", 1)[-1])
+        model = model.lstrip(".")  # a hidden folder is one that is being written
         return f"{model}--{self.method}--s{self.sparsity:.2f}--{digest}"
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> RunSpec:

@@ -108,4 +108,4 @@ def _make_candidate(reference: Store, candidate: Results, device: str, batch_tok
     except KeyboardInterrupt:
         complain("stopped; nothing was compared")
         sys.exit(130)
-    candidate.push(store.run_ids())
+    candidate.push([spec.run_id for track in tracks for spec in track])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,16 @@ class RemoteResults(Results):
             self._files.rm_file(f"{self._root}/.probe")
 
     def pull(self, run_ids: Iterable[str] | None = None) -> None:
-        """Fetch runs that the mirror lacks, or has as failed.
+        """Fetch runs that the mirror lacks, or has otherwise: another machine may have made them anew.
 
         Raises:
             UserError: the storage cannot be reached, or holds a corrupt run.
         """
         with self._reaching():
-            for run_id in self._there() if run_ids is None else run_ids:
-                if not self.store.is_done(run_id):
-                    sums = self._get(f"runs/{run_id}/{SUMS}")
-                    if sums is not None:
-                        self._fetch(run_id, sums)
+            for run_id, sums in self._sums(self._there() if run_ids is None else list(run_ids)).items():
+                here = self.store.folder(run_id) / SUMS
+                if not here.exists() or here.read_bytes() != sums:
+                    self._fetch(run_id, sums)
 
     def push(self, run_ids: Iterable[str] | None = None) -> None:
         """Upload runs of the mirror: those of some ids where the sums differ, or all whose sums the storage lacks.
@@ -136,6 +135,18 @@ class RemoteResults(Results):
         self._files.invalidate_cache()
         found = self._files.find(f"{self._root}/runs")
         return sorted(path.split("/")[-2] for path in found if path.endswith(f"/{SUMS}"))
+
+    def _sums(self, run_ids: Sequence[str]) -> dict[str, bytes]:
+        """Run id -> file of sums, of those that are whole on the storage; all asked for at once."""
+        paths = {f"{self._root}/runs/{run_id}/{SUMS}": run_id for run_id in run_ids}
+        found: dict[str, bytes | Exception] = self._files.cat(list(paths), on_error="return") if paths else {}
+        sums = {}
+        for path, data in found.items():
+            if isinstance(data, bytes):
+                sums[paths[path]] = data
+            elif not isinstance(data, FileNotFoundError):
+                raise data
+        return sums
 
     def _get(self, name: str) -> bytes | None:
         try:

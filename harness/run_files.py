@@ -44,7 +44,7 @@ DOCUMENT_TYPES: dict[str, pa.DataType | None] = {
 }
 """Columns of ``documents.parquet``; None where the type follows the data (an index, or a text)."""
 
-_SUM = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)
+_SUM = re.compile(rf"^([0-9a-f]{{64}})  ({re.escape(RECORD)}|{re.escape(DOCUMENTS)})$", re.MULTILINE)
 
 
 def encode(record: RunRecord, documents: pd.DataFrame | None = None) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
@@ -31,7 +32,11 @@ LEFTOVER_SECONDS = 24 * 3600.0
 """Age from which a hidden folder cannot belong to a process that still writes it."""
 
 
+_HIDDEN = ("new", "old", "probe")
+_READS = 5
+"""Times that a run is read if it is replaced in between."""
 Version = tuple[int, int, int]
+Content = TypeVar("Content")
 
 
 def _version(folder: Path) -> Version | None:
@@ -71,7 +76,7 @@ class Store:
             probe = self.runs / f".probe-{uuid.uuid4().hex}"
             write_synced(probe, b"x")
             probe.unlink()
-            for leftover in self.runs.glob(".*"):
+            for leftover in (path for kind in _HIDDEN for path in self.runs.glob(f".{kind}-*")):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                         remove(leftover)
@@ -138,10 +143,24 @@ class Store:
         return self._read(run_id, RunRecord)
 
     def _read(self, run_id: str, kind: type[Record]) -> Record:
+        return self._steadily(run_id, lambda folder: read_record(folder, kind))
+
+    def _steadily(self, run_id: str, read: Callable[[Path], Content]) -> Content:
+        """Read a run's folder, and once more if another process replaced it meanwhile."""
         folder = self.folder(run_id)
-        if not folder.is_dir():
-            raise UserError(f"no run {run_id!r} in {self.shown} (`harness report {self.shown}` lists all)")
-        return read_record(folder, kind)
+        failure = UserError(f"no run {run_id!r} in {self.shown} (`harness report {self.shown}` lists all)")
+        for _read in range(_READS):
+            before = _version(folder)
+            if before is None:  # or just between two versions
+                time.sleep(0.01)
+                continue
+            try:
+                return read(folder)
+            except UserError as error:
+                if _version(folder) == before:
+                    raise
+                failure = error
+        raise failure
 
     def versions(self, run_ids: Iterable[str]) -> dict[str, Version | None]:
         """What changes whenever a run is written; None for one that is not there."""
@@ -153,7 +172,7 @@ class Store:
 
     def documents(self, run_id: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         """Per-document scores of a run that is in the store, as `harness.run_files.read_documents` reads them."""
-        return read_documents(self.folder(run_id), columns)
+        return self._steadily(run_id, lambda folder: read_documents(folder, columns))
 
     def write(self, record: RunRecord, documents: pd.DataFrame | None = None) -> None:
         """Store a run, replacing what an earlier attempt left; on return it is on the disk.

@@ -21,7 +21,7 @@ def stores(tmp_path: Path) -> list[Store]:
 def test_runs_are_copied_file_by_file(tmp_path: Path, put: Callable[[Store, str, float], RunRecord]) -> None:
     into, a, b = stores(tmp_path)
     records = [put(a, "flap", 0.5), put(b, "slicegpt", 0.4)]
-    assert merge(into, [a, b]) == Merged(copied=2, known=0, differing=())
+    assert merge(into, [a, b]) == Merged(tuple(r.spec.run_id for r in records), known=0, differing=())
     for store, record in zip((a, b), records, strict=True):
         run_id = record.spec.run_id
         assert into.load(run_id) == record
@@ -36,7 +36,7 @@ def test_a_run_that_is_there_stays_and_other_numbers_are_told(
     put(into, "flap", 0.5), put(a, "flap", 0.5)
     mine = put(into, "slicegpt", 0.5)
     put(b, "slicegpt", 0.3)
-    assert merge(into, [a, b]) == Merged(copied=0, known=1, differing=(mine.spec.run_id,))
+    assert merge(into, [a, b]) == Merged(copied=(), known=1, differing=(mine.spec.run_id,))
     assert into.load(mine.spec.run_id) == mine
 
 
@@ -44,7 +44,7 @@ def test_other_times_are_no_other_numbers(tmp_path: Path, put: Callable[[Store, 
     into, a, _ = stores(tmp_path)
     record = put(into, "flap", 0.5)
     a.write(record.model_copy(update={"phase_seconds": {"prune": 99.0}}), into.documents(record.spec.run_id))
-    assert merge(into, [a]) == Merged(copied=0, known=1, differing=())
+    assert merge(into, [a]) == Merged(copied=(), known=1, differing=())
 
 
 @pytest.mark.parametrize("failed_here", [True, False])
@@ -54,7 +54,9 @@ def test_a_failed_run_gives_way_to_one_that_did_not(
     into, a, _ = stores(tmp_path)
     record = put(a if failed_here else into, "flap", 0.5)
     (into if failed_here else a).write(RunRecord(spec=record.spec, status="failed", reason="killed"))
-    assert merge(into, [a]) == Merged(copied=int(failed_here), known=int(not failed_here), differing=())
+    assert merge(into, [a]) == Merged(
+        copied=(record.spec.run_id,) * failed_here, known=int(not failed_here), differing=()
+    )
     assert into.load(record.spec.run_id) == record
 
 

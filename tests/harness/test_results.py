@@ -79,6 +79,19 @@ def test_a_run_made_again_replaces_what_is_there(url: str, tmp_path: Path, put: 
     assert there.store.load(record.spec.run_id) == record
 
 
+def test_a_run_that_another_made_again_replaces_the_mirrors(url: str, tmp_path: Path, put: Put) -> None:
+    here, there = results_at(url, tmp_path / "here"), results_at(url, tmp_path / "there")
+    old = put(here.store, "flap", 0.3)
+    here.push([old.spec.run_id])
+    there.pull()
+    new = put(there.store, "flap", 0.6)
+    there.push([new.spec.run_id])
+    here.pull()
+    assert here.store.load(old.spec.run_id) == new != old
+    here.push([old.spec.run_id])
+    assert here.store.load(old.spec.run_id) == new
+
+
 def test_tables_are_published_below_the_folder(url: str, tmp_path: Path) -> None:
     results = results_at(url, tmp_path)
     (tmp_path / "latest").mkdir()

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 
 from harness.durable import write_file
 from harness.errors import UserError
-from harness.records import LayerWidths, RunRecord, RunSpec
+from harness.records import LayerWidths, ModelRef, RunRecord, RunSpec
 from harness.run_files import DOCUMENTS, RECORD, SUMS
 from harness.store import Store
 
@@ -129,6 +130,41 @@ def test_a_changed_copy_of_a_spec_has_an_id_of_its_own(make_spec: Callable[..., 
     assert spec.model_copy(update={"seed": 7}).run_id == make_spec(seed=7).run_id != before
     assert spec == make_spec()  # whose id was never asked for
     assert "run_id" not in spec.model_dump()
+
+
+def test_a_model_folder_with_a_hidden_name_has_runs_that_are_seen(
+    store: Store, make_spec: Callable[..., RunSpec]
+) -> None:
+    spec = make_spec(model=ModelRef(name="/scratch/.my-model"))
+    store.write(RunRecord(spec=spec, status="ok"))
+    assert store.run_ids() == [spec.run_id]
+    assert spec.run_id.startswith("my-model--")
+
+
+def test_a_run_that_is_replaced_while_it_is_read_is_read_whole(store: Store, stored: RunRecord) -> None:
+    versions = [stored, stored.model_copy(update={"notes": ("made again",)})]
+    done = threading.Event()
+
+    def replace() -> None:
+        for i in range(60):
+            store.write(versions[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    while not done.is_set():
+        assert store.load(stored.spec.run_id) in versions
+    writer.join()
+
+
+def test_sums_cannot_name_a_file_elsewhere(store: Store, stored: RunRecord, tmp_path: Path) -> None:
+    folder = store.folder(stored.spec.run_id)
+    (tmp_path / "elsewhere").write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    with (folder / SUMS).open("a") as file:
+        file.write(f"{digest}  {os.path.relpath(tmp_path / 'elsewhere', folder)}\n")
+    with pytest.raises(UserError, match="does not list what the folder holds"):
+        Store(tmp_path / "copy").adopt(store, stored.spec.run_id)
 
 
 def test_records_come_sorted_by_run_id(store: Store, add_run: Make) -> None:
