@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -44,9 +46,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERNAL_ERROR = 70
+"""Exit code that no verdict has. Source: sysexits.h, EX_SOFTWARE."""
+
 
 def main() -> None:
-    """Run the command line; a UserError is one sentence and exit code 2."""
+    """Run the command line; a UserError is one sentence and exit code 2, any other error `INTERNAL_ERROR`."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without the signs of a table still gets the table
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Being told to end is like Ctrl-C, in the background too: the running track must not outlive this process.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.default_int_handler)
@@ -55,6 +63,10 @@ def main() -> None:
     except UserError as error:
         complain(str(error))
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        complain("this is an error of the harness itself, not a result; finished runs are kept")
+        sys.exit(INTERNAL_ERROR)
 
 
 app.command()(compare)

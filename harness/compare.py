@@ -167,7 +167,10 @@ def compare(
     Raises:
         UserError: something the user must mend; finished runs stay.
     """
-    tracks = _part(expand(comparison), *shard)
+    tracks = expand(comparison)
+    if not tracks:
+        raise UserError("dense is not trained: name a method to prune with, or pass --recovery none")
+    tracks = _part(tracks, *shard)
     options = {"device": device, "batch_tokens": batch_tokens, "num_threads": num_threads, "stream": stream}
     make_runs(tracks, store, executor, on_event, options, on_plan=on_plan, on_cost=on_cost, force=force)
     return build_leaderboard(store, [spec.run_id for track in tracks for spec in track], command=command)

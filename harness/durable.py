@@ -19,6 +19,8 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         UserError: the folder cannot be written to or the disk is full; the old content stays.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file to write")
     fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

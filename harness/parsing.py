@@ -36,7 +36,7 @@ def large_number(what: str, value: Any) -> int:
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:], 1)
     try:
         number = round(float(text.rstrip("kmb")) * scale)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = 0
     if number < 1:
         raise UserError(f"{what} {value!r} is not a number; pass one such as 200k, 1.5M or 120000")
@@ -106,5 +106,5 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); pass a .toml file to --config") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error

@@ -59,8 +59,11 @@ PROFILE_METHOD_PARAMS: dict[str, dict[str, dict[str, JsonValue]]] = {
 }
 """Settings that a profile gives to methods, under those of the file and the flags; records and tables show them."""
 
-# Flags of `harness compare` that are not settings of the comparison itself, so a config file cannot hold them.
-NOT_IN_FILE = {"config", "set_", "force", "out", "device", "batch_tokens", "stream"}
+# Flags of `harness compare` that say where and how it is run rather than what is compared: not for a config file.
+NOT_IN_FILE = {
+    *("config", "set_", "force", "out", "device", "batch_tokens", "stream", "shard"),
+    *("executor", "ray_address", "track_cpus", "track_gpus", "track_memory"),
+}
 
 BASES: tuple[Basis, ...] = ("total", "non-embedding")
 DTYPES: tuple[Dtype | Literal["auto"], ...] = ("auto", "float32", "bfloat16")
@@ -82,7 +85,7 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
     params: dict[str, dict[str, JsonValue]] = {}
     if config is not None:
         file = read_toml(config)
-        params = file.pop("params", {})
+        params = _method_tables(file.pop("params", {}), config)
         allowed = set(flags) - NOT_IN_FILE
         for key, value in file.items():
             if key not in allowed:
@@ -132,6 +135,12 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
         # The time of a streamed model is that of reading it.
         efficiency=EfficiencySpec() if settings["efficiency"] and not settings["stream"] else None,
     )
+
+
+def _method_tables(params: Any, config: Path) -> dict[str, dict[str, JsonValue]]:
+    if not isinstance(params, dict) or not all(isinstance(table, dict) for table in params.values()):
+        raise UserError(f"params in {config} are not tables; write [params.flap] and its settings below it")
+    return params
 
 
 def chosen_dtype(dtype: str, device: str) -> Dtype:

@@ -170,6 +170,7 @@ def test_the_card_of_a_pruned_folder_has_the_scores_of_the_run_that_it_equals(
         (["compare", "--limit", "0"], "limit = 0 is not allowed"),
         (["prune", "--method", "flap", "--sparsity", "0.2", "--out", "tests"], "tests exists already"),
         (["evaluate", "harness"], "has no config.json"),
+        (["compare", "--methods", "dense", "--recovery", "full"], "dense is not trained: name a method to prune with"),
         (["compare", "--device", "auto"], "name one device, such as cuda"),
         (["evaluate", "smollm2-135m", "--device", "cuda:7"], "device 'cuda:7' cannot be used here"),
         (["report", "docs"], "no runs in docs"),
@@ -245,6 +246,7 @@ def test_regress_makes_the_candidate_by_the_references_specs(compared: tuple[Pat
         (["--candidate", "nowhere"], "nowhere has no runs"),
         (["--candidate", "memory://nowhere"], "memory://nowhere has no runs"),
         (["--tolerance", "50", "--junit", "/dev/null/junit.xml"], "cannot write to the folder /dev/null"),
+        (["--tolerance", "50", "--junit", ""], ". is a folder; name a file to write"),
     ],
 )
 def test_regress_refuses_what_it_cannot_use(options: list[str], message: str, compared: tuple[Path, str]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from harness import cli
 from harness.errors import UserError
 from harness.records import EfficiencySpec
-from harness.request import comparison_from, model_ref, one_sparsity, settings_of
+from harness.request import NOT_IN_FILE, comparison_from, model_ref, one_sparsity, settings_of
 
 FLAGS: dict[str, Any] = {
     "models": "smollm2-135m",
@@ -145,6 +147,29 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_closest(tmp_path: Path) 
     file.write_text("sparsitys = [0.1]\n")
     with pytest.raises(UserError, match="did you mean 'sparsities'"):
         comparison_from(FLAGS, (), file)
+
+
+@pytest.mark.parametrize("flag", sorted(NOT_IN_FILE))
+def test_where_and_how_it_runs_is_not_for_a_file(tmp_path: Path, flag: str) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text(f'{flag} = "1/2"')
+    flags = dict.fromkeys(inspect.signature(cli.compare).parameters) | FLAGS
+    with pytest.raises(UserError, match=f"unknown setting in .*{flag}"):
+        comparison_from(flags, (), file)
+
+
+@pytest.mark.parametrize("text", ["params = 3", "[params]\nflap = 3"])
+def test_settings_of_methods_are_tables(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"write \[params\.flap\]"):
+        comparison_from(FLAGS, (), file)
+
+
+@pytest.mark.parametrize("tokens", ["inf", "nan", "1e400", "many"])
+def test_tokens_that_are_no_number_are_refused(tokens: str) -> None:
+    with pytest.raises(UserError, match="is not a number; pass one such as 200k"):
+        comparison_from({**FLAGS, "recovery": "full", "recovery_tokens": tokens}, (), None)
 
 
 def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path) -> None:
