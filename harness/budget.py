@@ -81,11 +81,21 @@ def target_for(
         structure: its groups.
         round_to: multiple of MLP widths; None leaves them free.
         uniform: one width for all layers.
+
+    Raises:
+        UserError: the step is more than half of what is to be removed.
     """
     if round_to is None and not uniform:
         return ParameterTarget(sparsity, basis, dense)
     channel = max(group.unit_params for group in structure.mlp)
     step = (round_to or 1) * channel * (structure.num_layers if uniform else 1)
+    to_remove = ParameterTarget(sparsity, basis, dense).to_remove
+    if 0 < to_remove < 2 * step:
+        flags = " ".join([f"--round-to {round_to}" if round_to else "", "--uniform" if uniform else ""]).strip()
+        raise UserError(
+            f"with {flags} a model shrinks in steps of {step:,} parameters, too coarse for the {to_remove:,} that a "
+            f"sparsity of {sparsity:g} removes; pass a smaller --round-to or a larger sparsity"
+        )
     return ParameterTarget(sparsity, basis, dense, round_to or 1, bool(uniform), step)
 
 

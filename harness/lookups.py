@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from rich.table import Table
@@ -27,12 +28,21 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this method's 
     published = getattr(cls, "published", {})
     table = Table("setting", "type", "default", "as published", "meaning")
     for field, info in cls.model_fields.items():
-        kind = getattr(info.annotation, "__name__", "") if isinstance(info.annotation, type) else str(info.annotation)
+        kind = _kind_of(info.annotation)
         departs = str(published[field]) if field in published else ""
-        table.add_row(
-            f"{name}.{field}", kind.replace("typing.", ""), str(info.default), departs, info.description or ""
-        )
+        table.add_row(f"{name}.{field}", kind, str(info.default), departs, info.description or "")
     console.print(table)
+
+
+def _kind_of(annotation: Any) -> str:
+    """``int | None`` of ``Optional[Annotated[int, ...]]``."""
+    if get_origin(annotation) is Annotated:
+        return _kind_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_kind_of, get_args(annotation)))
+    if get_origin(annotation) is Literal:
+        return ", ".join(map(str, get_args(annotation)))
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def models() -> None:

@@ -35,7 +35,7 @@ RoundTo = Annotated[int | None, typer.Option(help="Make MLP widths multiples of 
 Uniform = Annotated[bool, typer.Option("--uniform", help="One MLP width and number of heads for all layers.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 BasisName = Annotated[str, typer.Option(help="Of which parameters: total or non-embedding.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens scored at once.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens scored at once.")]
 
 Recovery = Annotated[
     str, typer.Option(help="Comma-separated trainings after pruning: none, lora, full; a table for each.")

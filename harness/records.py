@@ -44,6 +44,8 @@ class CalibrationSpec(Frozen):
     """Sequences drawn."""
     num_tokens: Annotated[int, Field(ge=2)] = 128
     """Tokens in each sequence."""
+    sha256: str | None = None
+    """Of the file, where the text is one."""
 
 
 class TaskFile(Frozen):
@@ -54,7 +56,7 @@ class TaskFile(Frozen):
     path: str
     """Absolute."""
     sha256: str
-    """Of the file."""
+    """Of the file and of what it names: included files, modules of its functions, local data files."""
 
 
 class EvaluationSpec(Frozen):

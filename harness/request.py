@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from pydantic import JsonValue, ValidationError
 
 from harness.compare import Comparison, competes
+from harness.corpora import file_digest
 from harness.errors import UserError, unknown_name
 from harness.models.catalog import CATALOG
 from harness.parsing import json_value, listed, one_of, read_toml, refused, whole_number
@@ -65,6 +67,9 @@ NOT_IN_FILE = {
     *("executor", "ray_address", "track_cpus", "track_gpus", "track_memory"),
 }
 
+YES_OR_NO = {"efficiency", "offline", "uniform"}
+"""Those of the others that are true or false."""
+
 BASES: tuple[Basis, ...] = ("total", "non-embedding")
 DTYPES: tuple[Dtype | Literal["auto"], ...] = ("auto", "float32", "bfloat16")
 """``auto`` is bfloat16 where the device multiplies it in hardware."""
@@ -90,6 +95,9 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
         for key, value in file.items():
             if key not in allowed:
                 raise unknown_name(f"setting in {config}", key, allowed | {"params"}, "harness compare --help")
+            if isinstance(value, bool) != (key in YES_OR_NO):
+                allowed_values = "true or false" if key in YES_OR_NO else "a number, a text or a list"
+                raise UserError(f"{key} = {json.dumps(value, default=str)} in {config} is not {allowed_values}")
             if key not in set(given):
                 settings[key] = value
     methods = _method_names(listed(settings["methods"]))
@@ -173,10 +181,11 @@ def calibration_spec(source: str, num_samples: int, num_tokens: int) -> Calibrat
     """Checked calibration settings.
 
     Raises:
-        UserError: a size below the smallest that makes sense.
+        UserError: a size below the smallest that makes sense, or a file that cannot be read.
     """
+    digest = file_digest(source)
     try:
-        return CalibrationSpec(source=source, num_samples=num_samples, num_tokens=num_tokens)
+        return CalibrationSpec(source=source, num_samples=num_samples, num_tokens=num_tokens, sha256=digest)
     except ValidationError as error:
         raise refused("calibration", error) from error
 
@@ -206,12 +215,18 @@ def evaluation_spec(
         UserError: an unknown profile or task, or a limit of 0.
     """
     from harness.evaluation.tasks import expand_tasks
+    from harness.report.frame import COLUMNS
 
     values = dict(PROFILES[one_of("profile", profile, tuple(PROFILES))])
     profile_tasks = values.pop("tasks")
     asked = {"limit": limit, "mmlu_limit": mmlu_limit, "mmlu_num_fewshot": mmlu_shots, "heldout_tokens": heldout_tokens}
     values |= {key: value for key, value in asked.items() if value is not None}
     chosen, files = expand_tasks(profile_tasks if tasks is None else listed(tasks))
+    for file in files:
+        if file.name in COLUMNS:
+            raise UserError(
+                f"{file.path} calls its task {file.name!r}, as a column of the table is; change its `task:`"
+            )
     try:
         return EvaluationSpec(
             tasks=chosen,
@@ -250,9 +265,9 @@ def one_multiple(value: int | None) -> int | None:
     """A multiple for widths; 1 and none leave them free.
 
     Raises:
-        UserError: it is not positive.
+        UserError: it is not a positive whole number.
     """
-    if value is not None and value < 1:
+    if value is not None and (type(value) is not int or value < 1):
         raise UserError(f"--round-to {value} is not a multiple; pass a positive number, such as 64")
     return None if value == 1 else value
 

@@ -46,6 +46,7 @@ def scoring_cost(request: CostRequest) -> ScoringCost:
         model = without_weights(model_config(folder)).to(getattr(torch, request.dtype))
         tokenizer = load_tokenizer(folder)
     task_set = build_tasks(spec)
+    task_set.reseed()
     texts: list[tuple[str, str]] = []
     documents: dict[str, int] = {}
     with quiet(), templates_compiled_once():

@@ -45,5 +45,5 @@ class HeldOutText:
         step = max(1, batch_tokens // self.length) * self.length
         for start in range(0, whole, step):
             yield start, self.tokens[start : min(start + step, whole)].view(-1, self.length)
-        if whole < len(self.tokens):
+        if len(self.tokens) - whole > 1:  # of one token alone, none is predicted
             yield whole, self.tokens[whole:].unsqueeze(0)

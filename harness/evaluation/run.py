@@ -83,6 +83,7 @@ def evaluate(
     """
     model.eval()
     task_set = build_tasks(spec)
+    task_set.reseed()
     heldout = _heldout(model, tokenizer, spec, dense, cache, batch_tokens, progress)
     with quiet(), templates_compiled_once():
         scorer = TrieScorer(model, tokenizer, batch_tokens=batch_tokens, cache=cache, progress=progress)
@@ -162,6 +163,8 @@ def _rows(task_set: TaskSet, samples: dict[str, list[dict[str, Any]]]) -> Iterat
     for leaf, logged in samples.items():
         for sample in logged:
             scores = [responses[0] for responses in sample["resps"]]
+            if "acc_mutual_info" in sample:  # whose requests without a context follow those with one
+                scores = scores[: len(scores) // 2]
             if not isinstance(scores[0], tuple):  # a rolling perplexity has no choices
                 continue
             loglikelihoods = [loglikelihood for loglikelihood, _ in scores]

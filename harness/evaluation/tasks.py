@@ -26,6 +26,9 @@ Data = Literal["embedded", "hub"]
 COMMONSENSE = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "social_iqa")
 """The suite of the paper under study, in the order of its tables."""
 
+FEWSHOT_SEED = 1234
+"""Of worked examples. Source: lm-eval's simple_evaluate."""
+
 _FILES = {
     "arc_easy": "arc/arc_easy.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -103,19 +106,29 @@ class TaskSet:
     """Leaf name -> the documents to score; a leaf that is absent is scored whole."""
     notes: tuple[str, ...] = ()
 
+    def reseed(self) -> None:
+        """Draw worked examples from the start again: a task goes on drawing with every prompt that it builds."""
+        for task in self.leaves.values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+
     def documents(self, leaf: str) -> Dataset:
         """The documents that are scored, in lm-eval's order."""
         documents = self.leaves[leaf].eval_docs
         return documents.select(self.samples[leaf]) if leaf in self.samples else documents
 
     def right_choice(self, leaf: str, document: dict[str, Any]) -> int | None:
-        """Index of the right choice of a document; None where nothing is chosen from."""
+        """Index of the right choice of a document; None where nothing is chosen from, or not one choice is right."""
         task = self.leaves[leaf]
         if task.OUTPUT_TYPE != "multiple_choice":
             return None
         # With several contexts and one continuation (winogrande), lm-eval keeps the answer where others keep the text.
         target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-        return int(task.doc_to_choice(document).index(target) if isinstance(target, str) else target)
+        choices = task.doc_to_choice(document)
+        if isinstance(target, str):
+            return choices.index(target) if target in choices else None
+        if isinstance(target, list):  # of several right ones
+            return None
+        return int(target) if 0 <= int(target) < len(choices) else None
 
     def chance(self, leaf: str, document: dict[str, Any]) -> float | None:
         """What guessing scores on a document: one over its number of choices; None where nothing is chosen from."""
@@ -148,7 +161,7 @@ def build_tasks(spec: EvaluationSpec) -> TaskSet:
             is_group = name in _GROUP_FOLDERS
             binding = _Binding(spec.data, spec.mmlu_num_fewshot if is_group else 0)
             if name in own:
-                built: ConfigurableTask | Group = binding.own(own_tasks.unchanged(own[name]))
+                built: ConfigurableTask | Group = binding.own(own[name])
             else:
                 built = binding.group(name) if is_group else binding.task(_tasks_folder() / _FILES[name])
             objects.append(built)
@@ -192,32 +205,43 @@ class _Binding:
                 config["test_split"] = None
         return self._construct(config)
 
-    def own(self, config: dict[str, Any]) -> ConfigurableTask:
+    def own(self, file: TaskFile) -> ConfigurableTask:
         """A user's task, with the documents and worked examples that its file asks for.
 
         Raises:
-            UserError: its answers are not chosen from a list, or its documents cannot be reached.
+            UserError: its answers are not chosen from a list, its documents cannot be reached, or lm-eval cannot make
+                its requests.
         """
-        if config.get("output_type") != "multiple_choice":
-            raise UserError(
-                f"task {config['task']!r} has output_type {config.get('output_type', 'generate_until')}; a leaderboard "
-                "counts right answers, so give a task with multiple_choice"
-            )
+        config = own_tasks.unchanged(file)
+        own_tasks.require_countable(file.name, config)
         config.setdefault("num_fewshot", 0)
         if not config["num_fewshot"]:
             config["fewshot_config"] = {"samples": []}
-        return self._construct(config)
+        try:
+            task = self._construct(config)
+            task.build_all_requests()  # what is wrong with the file shows here, before anything is pruned
+        except UserError:
+            raise
+        except Exception as error:  # of lm-eval, of its templates, of the file's own functions
+            what = (str(error).splitlines() or ["no reason given"])[0]
+            raise UserError(f"the task file {file.path} cannot be used: {type(error).__name__}: {what}") from error
+        return task
 
     def _construct(self, config: dict[str, Any]) -> ConfigurableTask:
         try:
             task = ConfigurableTask(config=config)
         except OSError as error:
+            if config.get("dataset_path") in ("json", "csv", "parquet", "text"):
+                raise UserError(
+                    f"the documents of task {config['task']!r} cannot be read: {error}; paths count from the folder "
+                    "that the command is called in"
+                ) from error
             raise UserError(
                 f"the documents of task {config['task']!r} ({config['dataset_path']}) cannot be reached: "
                 f"{error}; connect to the hub, fill its cache with `hf download --repo-type dataset "
                 f"{config['dataset_path']}`, or use the embedded data"
             ) from error
-        task.set_fewshot_seed(1234)
+        task.set_fewshot_seed(FEWSHOT_SEED)
         return task
 
     def group(self, name: str) -> Group:

@@ -129,6 +129,8 @@ def require_device(device: str) -> None:
     Raises:
         UserError: the name is no device, or there is no such device here.
     """
+    if device == "meta":
+        raise UserError("device 'meta' holds no numbers to compute with; pass --device cpu")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

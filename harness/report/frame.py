@@ -39,6 +39,10 @@ _COUNTS = ("params_total", "seeds", "recovery_tokens", "prune_peak_bytes", "trai
 Line = dict[str, Any]
 
 
+COLUMNS = (*_LEADING, *_TRAILING, *_FURTHER, *EFFICIENCY)
+"""Names that no task's column may have."""
+
+
 def task_columns(rows: Sequence[Row]) -> list[str]:
     """Tasks with a column of their own, in the order the evaluations name them: those scored by accuracy."""
     named = dict.fromkeys(task for row in rows for task in row.spec.evaluation.tasks if task != MMLU)

@@ -55,7 +55,7 @@ def _outcomes(rows: Sequence[Row]) -> list[str]:
     where: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
         for record in row.records if row.status != "ok" else ():
-            reason = (record.reason or "no reason was recorded").rstrip(".")
+            reason = " ".join((record.reason or "no reason was recorded").split()).rstrip(".")
             settings = f" ({row.settings})" if row.settings else ""
             seed = f" seed {record.spec.seed}" if has_seeds else ""
             target = f"{100 * record.spec.sparsity:.4g}%{seed}"

@@ -66,6 +66,22 @@ def test_a_file_that_cannot_be_used_is_one_clear_error(
         load_corpus(str(path))
 
 
+def test_a_text_breaks_into_lines_only_at_line_ends_and_holds_characters_only(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    rows = ['{"text": "one\u2028two"}', '{"text": "half \\ud83d"}']
+    path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    assert load_corpus(str(path)).passages == ("one\u2028two", "half ?")
+
+
+def test_a_file_without_blank_lines_is_taken_apart(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(f"line {i} of a text" for i in range(2000)))
+    passages = load_corpus(str(path)).passages
+    assert len(passages) > 3
+    assert all(len(passage) <= 8000 and passage.startswith("line ") for passage in passages)
+    assert "\n".join(passages) == path.read_text()
+
+
 def test_an_unknown_name_gets_the_closest_known_one() -> None:
     with pytest.raises(UserError, match="did you mean 'wikipedia'"):
         load_corpus("wikipeda")

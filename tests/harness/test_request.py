@@ -166,6 +166,34 @@ def test_settings_of_methods_are_tables(tmp_path: Path, text: str) -> None:
         comparison_from(FLAGS, (), file)
 
 
+@pytest.mark.parametrize(
+    "text", ['uniform = "no"', 'efficiency = "no"', 'offline = "no"', "limit = true", "round_to = true"]
+)
+def test_yes_and_no_are_true_and_false_where_they_are_asked_for_alone(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"compare\.toml is not (true or false|a number)"):
+        comparison_from(FLAGS, (), file)
+
+
+@pytest.mark.parametrize("value", ['"64"', "[64]", "64.5", "0"])
+def test_a_multiple_is_a_positive_whole_number(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "compare.toml"
+    file.write_text(f"round_to = {value}")
+    with pytest.raises(UserError, match="is not a multiple; pass a positive number"):
+        comparison_from(FLAGS, (), file)
+
+
+def test_another_text_in_the_calibration_file_is_another_run(tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    found = []
+    for text in ("one", "two"):
+        file.write_text(text)
+        found.append(comparison_from({**FLAGS, "calibration": str(file)}, (), None).calibration)
+    assert found[0] != found[1]
+    assert comparison_from(FLAGS, (), None).calibration.sha256 is None
+
+
 @pytest.mark.parametrize("tokens", ["inf", "nan", "1e400", "many"])
 def test_tokens_that_are_no_number_are_refused(tokens: str) -> None:
     with pytest.raises(UserError, match="is not a number; pass one such as 200k"):

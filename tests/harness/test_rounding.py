@@ -43,7 +43,16 @@ def test_every_method_meets_its_target_with_widths_that_are_multiples(
     assert torch.isfinite(pruned(calibration).logits).all()
 
 
-@given(st.integers(0, 2**31), st.sampled_from([2, 7, 16]), st.floats(0.02, 0.5))
+@pytest.mark.parametrize(("round_to", "uniform", "sparsity"), [(48, True, 0.2), (80, None, 0.02), (16, True, 0.1)])
+def test_steps_too_coarse_for_what_is_to_be_removed_are_refused(
+    make_tiny: MakeTiny, round_to: int, uniform: bool | None, sparsity: float
+) -> None:
+    loaded = make_tiny("grouped-query")
+    with pytest.raises(UserError, match=f"with --round-to {round_to}.* too coarse"):
+        target_for(sparsity, "non-embedding", loaded.params, loaded.structure, round_to, uniform)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 7, 16]), st.floats(0.1, 0.5))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rounding_moves_no_width_by_more_than_it_must(
     make_tiny: MakeTiny, seed: int, multiple: int, sparsity: float

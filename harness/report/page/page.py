@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -130,6 +131,7 @@ def number_of(text: str) -> float | None:
 def panels(leaderboard: Leaderboard) -> Iterator[Panel]:
     """What may stand in one figure: a model's rows in one section."""
     several = len(leaderboard.sections) > 1
+    named: Counter[str] = Counter()
     for number, section in enumerate(leaderboard.sections, start=1):
         for model in dict.fromkeys(row.spec.model.name for row in section.rows):
             frame = section.frame
@@ -139,7 +141,9 @@ def panels(leaderboard: Leaderboard) -> Iterator[Panel]:
             base = re.sub(r"[^\w.-]+", "-", model.rsplit("/", 1)[-1])
             heading = f"{model}, {section.heading}" if section.heading else model
             name = f"{base}-{number}" if several else base
-            yield Panel(name, heading, frame[mine | (frame["method"] == CHANCE)], rows)
+            named[name] += 1  # other folders may be called the same
+            unique = name if named[name] == 1 else f"{name}-{named[name]}"
+            yield Panel(unique, heading, frame[mine | (frame["method"] == CHANCE)], rows)
 
 
 def _whole(leaderboard: Leaderboard, row: Row) -> Row:
