@@ -21,7 +21,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this method's 
         table = Table("method", "paper", "what it does")
         for known in known_methods():
             cls = method_class(known)
-            table.add_row(known, cls.paper, (cls.__doc__ or "").strip().splitlines()[0])
+            table.add_row(known, cls.paper, next(iter((cls.__doc__ or "").strip().splitlines()), ""))
         console.print(table)
         return
     cls = method_class(name)

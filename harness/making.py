@@ -33,6 +33,8 @@ class Context:
     loaded: LoadedModel
     calibration: Calibration | None
     load_seconds: float
+    fingerprint: int
+    """Of the dense model's weights: every other model is measured against them."""
 
     @property
     def tokens(self) -> Any:
@@ -158,6 +160,8 @@ def notes_on(context: Context, spec: RunSpec, session: Session | None) -> tuple[
         num_tokens = len(session.text.tokens)
         if session.tokens > num_tokens:
             notes.append(f"trained {session.tokens / num_tokens:.1f} times over the {num_tokens:,} tokens there are")
+        if spec.dtype == "bfloat16" and session.spec.mode == "full":
+            notes.append("weights and moments of the training are bfloat16, which rounds small updates away")
     if context.track.stream:
         notes.append("layers were read from their files whenever they ran (--stream); the seconds include it")
     return tuple(notes)

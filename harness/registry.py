@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,13 @@ def method_class(name: str) -> type[PruningMethod]:
     known = known_methods()
     if name not in known:
         raise unknown_name("method", name, known, "harness methods")
-    loaded: type[PruningMethod] = _imported(known[name])
+    loaded = _imported(known[name])
+    from harness.method import PruningMethod  # torch: not before a method is asked for
+
+    if not (isinstance(loaded, type) and issubclass(loaded, PruningMethod)) or inspect.isabstract(loaded):
+        raise UserError(
+            f"the entry point {known[name]!r} is no PruningMethod with its prune(); see docs/adding-a-method.md"
+        )
     return loaded
 
 
@@ -109,7 +116,14 @@ def build_method(name: str, params: dict[str, JsonValue] | None = None) -> Pruni
 
 def _imported(place: str) -> Any:
     module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a plugin's module may raise anything
+        what = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"the entry point {place!r} cannot be imported ({type(error).__name__}: {what}); mend or uninstall the "
+            "package that brings it"
+        ) from error
 
 
 def _as_any(params: dict[str, JsonValue]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from harness.store import Store
 from harness.structure import count_parameters, describe, layer_widths
 from harness.track import ATTENDED, CACHE, Emit, Event, Track
 from harness.training import TrainingDivergedError
+from harness.weights import fingerprint
 
 
 def run_track(track: Track, emit: Emit) -> None:
@@ -84,6 +85,8 @@ def _records(track: Track, emit: Emit) -> Iterator[tuple[RunRecord, Any]]:
         except TrainingDivergedError as error:
             yield RunRecord(spec=spec, status="failed", reason=str(error), params_before=loaded.params), None
             continue
+        if fingerprint(loaded.model.parameters()) != context.fingerprint:
+            raise RuntimeError(f"{method.name} changed the dense model, which every model is measured against")
         yield _finished(context, spec, target, method.tolerance, made)
         if made.session is not None:
             made.session.finish()  # the record is written
@@ -99,7 +102,7 @@ def _load(track: Track, emit: Emit) -> Context:
         if first.calibration is not None:
             longest = getattr(loaded.model.config, "max_position_embeddings", None)
             calibration = draw_calibration(first.calibration, loaded.tokenizer, first.seed, longest)
-    return Context(track, emit, loaded, calibration, load.seconds)
+    return Context(track, emit, loaded, calibration, load.seconds, fingerprint(loaded.model.parameters()))
 
 
 def _finished(

@@ -40,12 +40,20 @@ def training_spec(mode: str, tokens: Any, text: str, changes: list[str]) -> Trai
         name, equals, value = change.partition("=")
         if not equals:
             raise UserError(f"--train {change!r} is not of the form setting=value, such as learning_rate=1e-4")
-        if name not in TrainingSpec.model_fields or name in ("tokens", "mode", "source", "seed"):
-            raise unknown_name("training setting", name, TrainingSpec.model_fields, "docs/training.md")
+        allowed = TrainingSpec.model_fields.keys() - {"tokens", "mode", "source", "seed"}
+        if name not in allowed:
+            raise unknown_name("training setting", name, allowed, "docs/training.md")
         values[name] = json_value(value)
     try:
-        return TrainingSpec(
+        spec = TrainingSpec(
             **{**values, "mode": mode, "tokens": large_number("training tokens", tokens), "source": text}
         )
     except ValidationError as error:
         raise refused("training", error) from error
+    if spec.batch_tokens % spec.context_length:
+        whole = -(-spec.batch_tokens // spec.context_length) * spec.context_length
+        raise UserError(
+            f"batch_tokens {spec.batch_tokens} is no multiple of context_length {spec.context_length}, so that steps "
+            f"would not read what was asked for; pass --train batch_tokens={whole}"
+        )
+    return spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from harness.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """How a safetensors header spells what weights can be."""
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""Bytes of a weight -> what reads its bits."""
 
 VOCABULARY_ROWS = 16_384
 """Rows of an embedding or a head that are cast to a wider type at once."""
@@ -115,3 +118,17 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is cut off or damaged ({error}); download or write it again") from error
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> int:
+    """A number that changes with almost any change of the weights: a hash of sums of their bits.
+
+    Args:
+        parameters: those on the meta device say nothing.
+    """
+    sums = [
+        int(parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64))
+        for parameter in parameters
+        if parameter.device.type != "meta"
+    ]
+    return hash(tuple(sums))

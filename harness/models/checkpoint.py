@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.weights import StoredTensor, tensors_in
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,11 +40,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors, by name: those of the index where there is one.
+    """The files that hold a checkpoint's tensors, by name: the one that transformers takes, else those of the index.
 
     Raises:
         UserError: there is none, or the index names one that is missing.
     """
+    if (folder / SINGLE).is_file():  # an index beside it is left from an earlier save
+        return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         single = sorted(folder.glob("*.safetensors"))
         if not single:
@@ -51,9 +54,9 @@ def weight_files(folder: Path) -> list[Path]:
         return single
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is not an index of weight files; download the checkpoint again") from error
-    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files are missing); "

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.errors import UserError
@@ -67,14 +65,16 @@ def load_model(ref: ModelRef, dtype: Dtype = "float32", device: str = "cpu", *, 
     elif stream:
         raise UserError("--stream runs one layer at a time on one device; name one instead of --device auto")
     folder = checkpoint_folder(ref)
-    digest = weights_sha256(folder)
     try:
+        digest = weights_sha256(folder)
         if stream:
             model: Any = stream_checkpoint(folder, getattr(torch, dtype), device)
         else:
             model = read_model(folder, getattr(torch, dtype), "auto" if device == SEVERAL else None)
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises what its code runs into, for a damaged or unusual configuration
         reason = " ".join(str(error).split()) or "no message"
         raise UserError(
             f"{folder} could not be loaded as a language model ({type(error).__name__}: {reason}); "
@@ -98,10 +98,16 @@ def read_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) 
         if device_map is not None:
             raise UserError("a MobileLLM checkpoint cannot be spread over several devices; name one with --device")
         return mobilellm.load_mobilellm(folder, values, dtype)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     check_weights(folder, parameter_shapes(without_weights(config)))
     return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, device_map=device_map
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        device_map=device_map,
     )
 
 
@@ -113,7 +119,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if read_config(folder).get("model_type") == mobilellm.MODEL_TYPE:
         return mobilellm.load_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def main_device(device: str) -> str:

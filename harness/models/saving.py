@@ -51,6 +51,7 @@ def save_model(model: Any, tokenizer: Any, out: Path, card: str) -> None:
         (folder / "README.md").write_text(card)
         if type(model).__module__ == modeling_pruned.__name__:
             _add_modelling_file(model, folder)
+        _make_saveable(model)
         # The weights come last, so that a folder whose weights are whole is whole.
         if (how := streamed(model)) is None:
             model.save_pretrained(folder)
@@ -107,6 +108,16 @@ def _save_configs(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def _make_saveable(model: Any) -> None:
+    """Mend a generation config that transformers reads and refuses to write: sampling settings without sampling."""
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
 def _add_modelling_file(model: Any, folder: Path) -> None:
     source = Path(modeling_pruned.__file__)
     shutil.copyfile(source, folder / source.name)
@@ -144,6 +155,6 @@ def _safetensors_errors() -> Iterator[None]:
 
 def _sync(folder: Path) -> None:
     """Bring every file to the disk: a full disk shows here, and no rename precedes its data."""
-    for path in folder.iterdir():
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())

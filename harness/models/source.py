@@ -9,7 +9,7 @@ from harness.models.catalog import CATALOG
 from harness.models.embedded import embedded_checkpoint
 from harness.records import ModelRef
 
-PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
+PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 """Files of a hub repository that are downloaded: no pickles and no code."""
 
 
@@ -52,7 +52,13 @@ def download(hub_id: str, revision: str | None, *, only_config: bool = False) ->
         UserError: it is gated, unknown, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["config.json"] if only_config else list(PATTERNS)
     try:
@@ -67,6 +73,8 @@ def download(hub_id: str, revision: str | None, *, only_config: bool = False) ->
             f"the hub has no model {hub_id} that you may read; check the id (`harness models` lists known ones), "
             "log in with `hf auth login`, or pass a folder"
         ) from error
+    except HFValidationError as error:
+        raise UserError(f"{hub_id!r} is no hub id; pass one (owner/name), a catalog name or a folder") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{hub_id} is not on this machine and the hub cannot be reached ({type(error).__name__}); "

@@ -7,6 +7,7 @@ files and the positions that are kept.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def stream_checkpoint(folder: Path, dtype: torch.dtype, device: str) -> PreTrain
     """
     if read_config(folder).get("model_type") == mobilellm.MODEL_TYPE:
         raise UserError("a MobileLLM checkpoint is small enough for memory; leave out --stream")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     shapes = parameter_shapes(without_weights(config))
     check_weights(folder, shapes)
     state = {name: tensor for name, tensor in stored_tensors(folder).items() if name in shapes}
@@ -124,8 +125,11 @@ def rebuilt(model: PreTrainedModel, state: Mapping[str, Weight]) -> PreTrainedMo
     if (how := streamed(model)) is not None:
         same = [name for name, weight in state.items() if not name.startswith(LAYERS) and how.state.get(name) is weight]
         known = {name: model.get_parameter(name).detach() for name in same}
-        return stream(model.config, state, how.dtype, how.device, known)
-    return assemble(model.config, {name: read(weight) for name, weight in state.items()})
+        new = stream(model.config, state, how.dtype, how.device, known)
+    else:
+        new = assemble(model.config, {name: read(weight) for name, weight in state.items()})
+    new.generation_config = copy.deepcopy(model.generation_config)
+    return new
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Weight]:

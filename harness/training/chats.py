@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from harness.errors import UserError
 
 Piece = tuple[str, bool]
@@ -80,42 +82,70 @@ def pieces(chat: Chat, tokenizer: Any) -> list[Piece]:
     """A conversation as text in the tokenizer's own chat format, cut where answers begin and end.
 
     A tokenizer without a format gets "Role: text" lines.
+
+    Raises:
+        UserError: the format tells nothing of an answer, or takes no such conversation.
     """
+    whole = _rendered(chat, tokenizer, prompt=False)
     found: list[Piece] = []
-    told = ""
+    told = 0
     for i, message in enumerate(chat):
-        answer = message.role == "assistant"
-        if answer:  # the words that announce an answer belong to the question
-            prompt = _rendered(chat[:i], tokenizer, prompt=True)
-            found.append((prompt.removeprefix(told), False))
-            told = prompt
-        whole = _rendered(chat[: i + 1], tokenizer, prompt=False)
-        found.append((whole.removeprefix(told), answer))
-        told = whole
+        if message.role == "assistant":
+            start, end = _place(whole, told, chat, i, tokenizer)
+            found += [(whole[told:start], False), (whole[start:end], True)]
+            told = end
+    found.append((whole[told:], False))
     return [(text, counts) for text, counts in found if text]
+
+
+def _place(whole: str, told: int, chat: Chat, i: int, tokenizer: Any) -> tuple[int, int]:
+    """Where an answer begins and ends, its end sign included, in a conversation of which ``told`` letters are behind.
+
+    The words that announce it belong to the question. Formats may announce an answer otherwise than they tell it
+    (with a sign for thinking, say), and tell the last one otherwise than those before.
+    """
+    prompt, until = _rendered(chat[:i], tokenizer, prompt=True), _rendered(chat[: i + 1], tokenizer, prompt=False)
+    content = chat[i].content.strip()
+    start = len(prompt) if whole.startswith(prompt) and len(prompt) >= told else whole.find(content, told)
+    if start < 0:
+        raise UserError("the tokenizer's chat format leaves out or changes an answer; train on text instead")
+    if whole.startswith(until) and len(until) >= start:
+        return start, len(until)
+    end = whole.find(content, start) + len(content)
+    sign = tokenizer.eos_token or ""
+    return start, end + len(sign) * whole.startswith(sign, end)
 
 
 def _rendered(chat: Chat, tokenizer: Any, *, prompt: bool) -> str:
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": message.role, "content": message.content} for message in chat]
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            raise UserError(f"the tokenizer's chat format takes no such conversation: {error}") from error
         return text
     lines = "".join(f"{message.role.capitalize()}: {message.content}\n\n" for message in chat)
     return f"{lines}Assistant: " if prompt else lines
 
 
 def _from_file(path: Path) -> Iterator[Chat]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield tuple(_turn(message) for message in json.loads(line)["messages"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                yield _answered(tuple(_turn(turn) for turn in json.loads(line.decode("utf-8-sig"))["messages"]))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"line {number} of {str(path)!r} is no conversation ({type(error).__name__}: {error}); write "
                     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
                 ) from error
+
+
+def _answered(chat: Chat) -> Chat:
+    if not any(message.role == "assistant" for message in chat):
+        raise ValueError("no answer of an assistant, so nothing to learn")
+    return chat
 
 
 def _from_hub(name: str) -> Iterator[Chat]:
@@ -149,4 +179,7 @@ def chat_of(row: Mapping[str, Any]) -> Chat:
 
 def _turn(turn: Mapping[str, Any]) -> Message:
     role = str(turn.get("role") or turn["from"])
-    return Message(_ROLES.get(role, role), str(turn["content"] if "content" in turn else turn["value"]))
+    content = turn["content"] if "content" in turn else turn["value"]
+    if not isinstance(content, str):
+        raise TypeError(f"a content that is no text: {content!r}")
+    return Message(_ROLES.get(role, role), content)

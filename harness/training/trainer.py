@@ -153,7 +153,9 @@ class Trainer:
         """The model as it is now, in one piece in every process; every process must ask."""
         if not self.sharded:
             return self.model
-        return assemble(self.model.config, {name: whole(p.detach()) for name, p in self.model.named_parameters()})
+        model = assemble(self.model.config, {name: whole(p.detach()) for name, p in self.model.named_parameters()})
+        model.generation_config = self.model.generation_config
+        return model
 
     def restore(self, step: int, weights: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
         """Go on from where another trainer of such a model was.

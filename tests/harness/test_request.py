@@ -194,6 +194,12 @@ def test_another_text_in_the_calibration_file_is_another_run(tmp_path: Path) -> 
     assert comparison_from(FLAGS, (), None).calibration.sha256 is None
 
 
+def test_steps_of_a_training_are_whole_windows() -> None:
+    changes = {"recovery": "full", "train": ["batch_tokens=1000"]}
+    with pytest.raises(UserError, match=r"no multiple of context_length 512.* pass --train batch_tokens=1024"):
+        comparison_from({**FLAGS, **changes}, (), None)
+
+
 @pytest.mark.parametrize("tokens", ["inf", "nan", "1e400", "many"])
 def test_tokens_that_are_no_number_are_refused(tokens: str) -> None:
     with pytest.raises(UserError, match="is not a number; pass one such as 200k"):

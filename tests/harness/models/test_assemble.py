@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from harness.errors import UserError
 from harness.models import LoadedModel, assemble, remove_units
 from harness.models.saving import save_model
+from harness.models.streaming import rebuilt, state_of
 from harness.structure import count_parameters
 
 MakeTiny = Callable[..., LoadedModel]
@@ -88,6 +89,15 @@ def test_attention_implementation_reaches_every_layer(make_tiny: MakeTiny, calib
     smaller.set_attn_implementation("eager")
     assert {layer.self_attn.config._attn_implementation for layer in smaller.model.layers} == {"eager"}
     assert torch.allclose(smaller(calibration).logits, logits, atol=1e-4)  # eager softmax is float32
+
+
+def test_how_a_checkpoint_generates_is_kept_and_saved(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    loaded = make_tiny("grouped-query")
+    loaded.model.generation_config.update(eos_token_id=[2, 7], temperature=0.6)  # without do_sample, as some are
+    smaller = rebuilt(loaded.model, state_of(loaded.model))
+    save_model(smaller, None, tmp_path / "model", "card")
+    again = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (again.eos_token_id, again.temperature) == ([2, 7], 0.6)
 
 
 def test_an_existing_folder_is_not_overwritten(make_tiny: MakeTiny, tmp_path: Path) -> None:

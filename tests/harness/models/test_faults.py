@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from harness.errors import UserError
 from harness.models import LoadedModel, load_model
+from harness.models.checkpoint import INDEX, weight_files
 from harness.models.loading import read_model
 from harness.models.saving import save_model
 from harness.records import ModelRef
@@ -84,6 +85,23 @@ def test_an_empty_shard_and_a_broken_index_are_told(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": [')
     with pytest.raises(UserError, match="is not an index of weight files"):
         load(sharded)
+
+
+def test_an_index_left_from_an_earlier_save_does_not_count(sharded: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(sharded)
+    for shard in sharded.glob("model-*.safetensors"):
+        shard.unlink()
+    whole.save_pretrained(sharded)
+    (sharded / INDEX).write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00009.safetensors"}}')
+    assert weight_files(sharded) == [sharded / "model.safetensors"]
+
+
+def test_code_of_a_checkpoint_is_not_run_whoever_answers(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(saved, model_type="unheard-of", auto_map={"AutoConfig": "conf.Conf"})
+    (saved / "conf.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="could not be loaded as a language model"):
+        load(saved)
 
 
 def test_a_changed_weight_file_has_the_wrong_hash(saved: Path) -> None:

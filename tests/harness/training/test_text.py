@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from harness.corpora import load_corpus
 from harness.errors import UserError
@@ -77,7 +80,37 @@ def test_rows_of_every_shape_are_read(row: dict[str, Any], question: str) -> Non
 
 def test_a_tokenizer_without_a_chat_format_gets_plain_roles() -> None:
     chat = (Message("user", "Add 1 2"), Message("assistant", "3"))
-    assert pieces(chat, object()) == [("User: Add 1 2\n\n", False), ("Assistant: ", False), ("3\n\n", True)]
+    assert pieces(chat, object()) == [("User: Add 1 2\n\nAssistant: ", False), ("3\n\n", True)]
+
+
+ANNOUNCED_OTHERWISE = (
+    "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}{{ m.content }}"
+    "{{ '</s>' if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+LAST_TOLD_OTHERWISE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [ANNOUNCED_OTHERWISE, LAST_TOLD_OTHERWISE])
+def test_only_answers_count_in_formats_that_announce_or_end_otherwise(template: str) -> None:
+    chat = tuple(
+        Message(role, text) for text, role in zip(("Q1", "A1", "Q2", "A2"), ("user", "assistant") * 2, strict=True)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})), eos_token="</s>")
+    tokenizer.chat_template = template
+    found = pieces(chat, tokenizer)
+    whole = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in chat], tokenize=False)
+    assert "".join(text for text, _ in found) == whole
+    assert [text.removeprefix("<think></think>") for text, counts in found if counts] == ["A1</s>", "A2</s>"]
+
+
+def test_a_format_that_takes_no_such_conversation_is_one_sentence() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})), eos_token="</s>")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="takes no such conversation: roles must alternate"):
+        pieces((Message("user", "Q"), Message("assistant", "A")), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +118,10 @@ def test_a_tokenizer_without_a_chat_format_gets_plain_roles() -> None:
     [
         ("short.txt", "Few words.", "less than one window"),
         ("bad.jsonl", '{"messages": [{"role": "user"}]}', "line 1 of .* is no conversation"),
+        ("word.jsonl", '{"messages": ["hi"]}', "line 1 of .* is no conversation"),
+        ("none.jsonl", '{"messages": []}', "nothing to learn"),
+        ("alone.jsonl", '{"messages": [{"role": "user", "content": "Q"}]}', "nothing to learn"),
+        ("parts.jsonl", '{"messages": [{"role": "assistant", "content": [1]}]}', "a content that is no text"),
     ],
 )
 def test_text_that_cannot_be_used_is_refused(
