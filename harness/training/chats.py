@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Message:
 
 
 Chat = tuple[Message, ...]
+
+
+class NotTextError(TypeError):
+    """A turn of a conversation holds something else than text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ def _place(whole: str, told: int, chat: Chat, i: int, tokenizer: Any) -> tuple[i
     (with a sign for thinking, say), and tell the last one otherwise than those before.
     """
     prompt, until = _rendered(chat[:i], tokenizer, prompt=True), _rendered(chat[: i + 1], tokenizer, prompt=False)
-    content = chat[i].content.strip()
+    content = chat[i].content.rpartition("</think>")[2].strip()  # formats leave the thoughts of earlier answers out
     start = len(prompt) if whole.startswith(prompt) and len(prompt) >= told else whole.find(content, told)
     if start < 0:
         raise UserError("the tokenizer's chat format leaves out or changes an answer; train on text instead")
@@ -154,7 +159,8 @@ def _from_hub(name: str) -> Iterator[Chat]:
     source = _HUB[name]
     try:
         for row in datasets.load_dataset(source.path, split=source.split, streaming=True):
-            yield chat_of(row)
+            with contextlib.suppress(NotTextError):  # a turn without words
+                yield chat_of(row)
     except OSError as error:
         raise UserError(
             f"the conversations {name!r} ({source.path} on the hub) cannot be reached: {type(error).__name__}; connect "
@@ -181,5 +187,5 @@ def _turn(turn: Mapping[str, Any]) -> Message:
     role = str(turn.get("role") or turn["from"])
     content = turn["content"] if "content" in turn else turn["value"]
     if not isinstance(content, str):
-        raise TypeError(f"a content that is no text: {content!r}")
+        raise NotTextError(f"a content that is no text: {content!r}")
     return Message(_ROLES.get(role, role), content)
