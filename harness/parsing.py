@@ -68,6 +68,18 @@ def whole_number(what: str, value: str) -> int:
         raise UserError(f"{what} {value!r} is not a whole number") from None
 
 
+def one_seed(value: str) -> int:
+    """A text as a seed.
+
+    Raises:
+        UserError: it is not a whole number from 0 to 2**32 - 1.
+    """
+    seed = whole_number("seed", value)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {value} is not from 0 to {2**32 - 1}")
+    return seed
+
+
 def one_shard(value: str | None) -> tuple[int, int]:
     """``3/16`` as (3, 16): the third of sixteen parts; None is the only part.
 

@@ -13,7 +13,7 @@ from harness.compare import Comparison, competes
 from harness.corpora import file_digest
 from harness.errors import UserError, unknown_name
 from harness.models.catalog import CATALOG
-from harness.parsing import json_value, listed, one_of, read_toml, refused, whole_number
+from harness.parsing import json_value, listed, one_of, one_seed, read_toml, refused
 from harness.records import (
     Basis,
     CalibrationSpec,
@@ -123,7 +123,7 @@ def comparison_from(flags: Mapping[str, Any], given: Iterable[str], config: Path
         method_params=params,
         sparsities=tuple(one_sparsity(value) for value in listed(settings["sparsities"])),
         basis=one_of("basis", settings["basis"], BASES),
-        seeds=tuple(whole_number("seed", value) for value in listed(settings["seeds"])),
+        seeds=tuple(one_seed(value) for value in listed(settings["seeds"])),
         dtype=chosen_dtype(settings["dtype"], one_device(settings["device"])),
         recoveries=recoveries,
         round_to=one_multiple(settings["round_to"]),

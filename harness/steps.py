@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import JsonValue
 
 from harness.budget import target_for
@@ -37,6 +38,20 @@ class SavedModel:
     params_after: ParamCounts
     target_params: int
     class_name: str
+
+
+def _usable(given: object, method: str) -> PrunedModel:
+    """What a method gave, a plugin's included.
+
+    Raises:
+        UserError: it is no model, or its weights are not finite.
+    """
+    if not isinstance(given, PrunedModel):
+        raise UserError(f"{method} gave no PrunedModel for the target; see docs/adding-a-method.md")
+    broken = [name for name, p in given.model.named_parameters() if not (p.is_meta or torch.isfinite(p).all())]
+    if broken:
+        raise UserError(f"{method} left weights that are not finite, {broken[0]} first; nothing was saved")
+    return given
 
 
 def prune_and_save(
@@ -74,7 +89,7 @@ def prune_and_save(
         longest = getattr(loaded.model.config, "max_position_embeddings", None)
         tokens = draw_calibration(calibration, loaded.tokenizer, seed, longest).tokens.to(device)
         with lean_cpu() if stream else fast_matmul():
-            pruned = next(competitor.prune(loaded, tokens, [target], seed))
+            pruned = _usable(next(competitor.prune(loaded, tokens, [target], seed), None), method)
     after = count_parameters(pruned.model.named_parameters())
     if not target.is_met_by(after, competitor.tolerance):
         raise UserError(f"{method} ended at {after.on(basis):,} {basis} parameters, the target being {target.params:,}")

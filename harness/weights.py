@@ -86,6 +86,11 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{path} holds {name} as {part.get_dtype()}, a quantised or integer type; pass a checkpoint in "
+                    f"{', '.join(DTYPES)}"
+                )
             found[name] = StoredTensor(path, name, torch.Size(part.get_shape()), DTYPES[part.get_dtype()])
     return found
 

@@ -90,8 +90,14 @@ class Session:
         folders = sorted(self.folder.glob("[0-9]*")) if self.folder is not None else []
         if not folders:
             return None
-        told = json.loads((folders[-1] / _PLACE).read_text())
-        if told["course"] != self._course():
+        try:
+            told = json.loads((folders[-1] / _PLACE).read_text())
+            course = told["course"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint {folders[-1]} is damaged; delete it to go on from the one before"
+            ) from error
+        if course != self._course():
             raise UserError(
                 f"the checkpoint in {self.folder} is of another course (other settings, text or model); give the "
                 "settings it was made with, another folder, or delete it"
