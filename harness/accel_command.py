@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from harness.options import Device, DtypeName, TrainingSettings
+from harness.parsing import MOST_SEED
 from harness.terminal import console
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def accel(
     recipe: Annotated[str | None, typer.Option(help="Settings under those of the flags: a name, or a .toml.")] = None,
     train: TrainingSettings = [],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, such as split=constant.")] = [],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the calibration and orders the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Draws the calibration and orders the text.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the model; must not exist. The same command goes on if killed.")
     ] = None,

@@ -36,6 +36,7 @@ from harness.options import (
     Tasks,
     Uniform,
 )
+from harness.parsing import MOST_SEED
 from harness.regress_command import regress
 from harness.report_command import report
 from harness.terminal import complain, console
@@ -82,7 +83,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="Folder to write the pruned model to; must not exist.")],
     model: Annotated[str, typer.Option(help="Catalog name, hub id or folder.")] = "smollm2-135m",
     basis: BasisName = "total",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the calibration.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Draws the calibration.")] = 0,
     calibration: Annotated[str, typer.Option(help="Corpus name or file, as in compare.")] = "wikipedia",
     calibration_samples: CalibrationSamples = 64,
     calibration_length: CalibrationLength = 128,

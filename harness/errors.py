@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's code says, without the lines below."""
+    return (str(error).splitlines() or ["no reason given"])[0]
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str], list_with: str) -> UserError:
     """The error for a name that is not in a list, with the closest allowed name where there is one.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from harness.cost import CostRequest, CostUnknownError, ScoringCost
 from harness.durable import disk_errors, write_file
 from harness.errors import UserError
 from harness.records import RunRecord, RunSpec
-from harness.store import Store
+from harness.store import Store, Version
 from harness.track import ATTENDED, Event, Track
 
 # What libraries print is in the track's log; they have nothing to say on the terminal.
@@ -87,15 +87,20 @@ class LocalExecutor:
         if message is not None:
             raise UserError(message)
         if process.returncode != 0:
-            left = [spec for spec in track.specs if spec.run_id not in finished]
-            untold = set(store.written_since({spec.run_id: before[spec.run_id] for spec in left}))
-            for run_id in untold:
-                on_event(Event(kind="finished", run_id=run_id, text=store.load(run_id).status))
-            missing = [spec for spec in left if spec.run_id not in untold]
-            _record_as_failed(store, missing, process.returncode, log_file)
+            left = {spec.run_id: spec for spec in track.specs if spec.run_id not in finished}
+            for event in untold(store, {run_id: before[run_id] for run_id in left}):
+                on_event(event)
+                del left[event.run_id]
+            _record_as_failed(store, left.values(), process.returncode, log_file)
 
     def stop(self) -> None:
         """Nothing runs in other threads."""
+
+
+def untold(store: Store, before: Mapping[str, Version | None]) -> Iterator[Event]:
+    """That runs are ``finished`` which were written after those versions, by a process that died before it said so."""
+    for run_id in store.written_since(before):
+        yield Event(kind="finished", run_id=run_id, text=store.load(run_id).status)
 
 
 def _relay(process: subprocess.Popen[str], on_event: Callable[[Event], None]) -> tuple[set[str], str | None]:

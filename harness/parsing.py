@@ -11,6 +11,9 @@ from pydantic import JsonValue, ValidationError
 
 from harness.errors import UserError
 
+MOST_SEED = 2**32 - 1
+"""That every generator takes."""
+
 Text = TypeVar("Text", bound=str)
 
 
@@ -72,11 +75,11 @@ def one_seed(value: str) -> int:
     """A text as a seed.
 
     Raises:
-        UserError: it is not a whole number from 0 to 2**32 - 1.
+        UserError: it is not a whole number from 0 to `MOST_SEED`.
     """
     seed = whole_number("seed", value)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed {value} is not from 0 to {2**32 - 1}")
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"seed {value} is not from 0 to {MOST_SEED}")
     return seed
 
 

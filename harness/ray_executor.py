@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.cost import CostRequest, ScoringCost
 from harness.errors import UserError
-from harness.executors import LocalExecutor
+from harness.executors import LocalExecutor, untold
 from harness.records import RunRecord
 from harness.results import Results, results_at
 from harness.track import Event, Track
@@ -118,8 +118,8 @@ class RayExecutor:
             except ray.exceptions.RayError as error:  # of the system: a node, a worker or its memory is gone
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 self.results.pull(list(left))
-                for run_id in store.written_since({run_id: before[run_id] for run_id in left}):
-                    hear(Event(kind="finished", run_id=run_id, text=store.load(run_id).status))
+                for event in untold(store, {run_id: before[run_id] for run_id in left}):
+                    hear(event)
         for spec in left.values():
             store.write(RunRecord(spec=spec, status="failed", reason=f"{self.attempts} attempts failed; {reason}"))
 

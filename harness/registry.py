@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, ValidationError
 
-from harness.errors import UserError, unknown_name
+from harness.errors import UserError, first_line, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -66,12 +66,12 @@ def method_class(name: str) -> type[PruningMethod]:
     Raises:
         UserError: no method has that name.
     """
+    from harness.method import PruningMethod  # with torch, which listing names does without
+
     known = known_methods()
     if name not in known:
         raise unknown_name("method", name, known, "harness methods")
     loaded = _imported(known[name])
-    from harness.method import PruningMethod  # torch: not before a method is asked for
-
     if not (isinstance(loaded, type) and issubclass(loaded, PruningMethod)) or inspect.isabstract(loaded):
         raise UserError(
             f"the entry point {known[name]!r} is no PruningMethod with its prune(); see docs/adding-a-method.md"
@@ -119,10 +119,9 @@ def _imported(place: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plugin's module may raise anything
-        what = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(
-            f"the entry point {place!r} cannot be imported ({type(error).__name__}: {what}); mend or uninstall the "
-            "package that brings it"
+            f"the entry point {place!r} cannot be imported ({type(error).__name__}: {first_line(error)}); mend or "
+            "uninstall the package that brings it"
         ) from error
 
 

@@ -16,7 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from harness.errors import UserError, unknown_name
+from harness.errors import UserError, first_line, unknown_name
 from harness.evaluation import embedded_data, own_tasks
 from harness.evaluation.quiet import quiet, templates_compiled_once
 from harness.records import EvaluationSpec, TaskFile
@@ -223,8 +223,8 @@ class _Binding:
         except UserError:
             raise
         except Exception as error:  # of lm-eval, of its templates, of the file's own functions
-            what = (str(error).splitlines() or ["no reason given"])[0]
-            raise UserError(f"the task file {file.path} cannot be used: {type(error).__name__}: {what}") from error
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"the task file {file.path} cannot be used: {what}") from error
         return task
 
     def _construct(self, config: dict[str, Any]) -> ConfigurableTask:

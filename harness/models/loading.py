@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.models import mobilellm
 from harness.models.assemble import without_weights
 from harness.models.checkpoint import check_weights, parameter_shapes, read_config
@@ -140,8 +140,7 @@ def require_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UserError(f"device {device!r} cannot be used here ({reason}); pass --device cpu") from error
+        raise UserError(f"device {device!r} cannot be used here ({first_line(error)}); pass --device cpu") from error
 
 
 def fast_dtype(device: str) -> Dtype:

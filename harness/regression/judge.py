@@ -86,7 +86,7 @@ def regress(
         require_all: compare only if every reference run has a counterpart.
 
     Raises:
-        UserError: a folder is empty or corrupt, nothing matches, or something differs or lacks that was not allowed to.
+        UserError: a folder is empty or corrupt, nothing matches, or what must be alike or there is not.
     """
     matching = match(reference, candidate)
     if require_all:
