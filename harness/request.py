@@ -221,6 +221,8 @@ def evaluation_spec(
     profile_tasks = values.pop("tasks")
     asked = {"limit": limit, "mmlu_limit": mmlu_limit, "mmlu_num_fewshot": mmlu_shots, "heldout_tokens": heldout_tokens}
     values |= {key: value for key, value in asked.items() if value is not None}
+    if values["heldout_tokens"] == 1:
+        raise UserError("--heldout-tokens 1 leaves no token to predict; pass 0 to measure none, or at least 2")
     chosen, files = expand_tasks(profile_tasks if tasks is None else listed(tasks))
     for file in files:
         if file.name in COLUMNS:

@@ -194,6 +194,11 @@ def test_another_text_in_the_calibration_file_is_another_run(tmp_path: Path) -> 
     assert comparison_from(FLAGS, (), None).calibration.sha256 is None
 
 
+def test_one_held_out_token_predicts_nothing() -> None:
+    with pytest.raises(UserError, match="leaves no token to predict"):
+        comparison_from({**FLAGS, "heldout_tokens": 1}, (), None)
+
+
 def test_steps_of_a_training_are_whole_windows() -> None:
     changes = {"recovery": "full", "train": ["batch_tokens=1000"]}
     with pytest.raises(UserError, match=r"no multiple of context_length 512.* pass --train batch_tokens=1024"):
